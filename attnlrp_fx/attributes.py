@@ -1,0 +1,66 @@
+"""A program's parameters, buffers and constants, read from the model at every call.
+
+Names are the model's own, so what the model holds now is what the program runs with. Constants that
+only the captured graph has are moved to the program's device once.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from attnlrp_fx.errors import InputError
+
+
+class Attributes:
+    """The tensors that a graph reads, by name.
+
+    Args:
+        model: the model that was captured; its tensors win.
+        graph_module: the captured graph, which holds everything else.
+    """
+
+    def __init__(self, model: nn.Module, graph_module: fx.GraphModule) -> None:
+        targets = (str(n.target) for n in graph_module.graph.find_nodes(op="get_attr"))
+        self._owners: dict[str, tuple[Any, str]] = {}
+        self._constants: dict[str, Tensor] = {}
+        for target in dict.fromkeys(targets):
+            if isinstance(_read(model, target), Tensor):
+                path, _, leaf = target.rpartition(".")
+                self._owners[target] = (model.get_submodule(path), leaf)
+            elif isinstance(value := _read(graph_module, target), Tensor):
+                self._constants[target] = value
+        self._dtypes = {name: value.dtype for name, value in self.values().items()}
+
+    def device(self) -> torch.device:
+        """Where the model is: the device of its first tensor."""
+        tensors = [*self.values().values()]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def values(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        """Every tensor by name, constants on the given device."""
+        found: dict[str, Tensor] = {n: getattr(*owner) for n, owner in self._owners.items()}
+        for name, constant in self._constants.items():
+            if device is not None and constant.device != device:
+                self._constants[name] = constant = constant.to(device)
+            found[name] = constant
+        return found
+
+    def check_dtypes(self, values: Mapping[str, Tensor]) -> None:
+        """Raise InputError if a parameter's dtype has changed since the model was captured."""
+        for name, dtype in self._dtypes.items():
+            value = values[name]
+            if value.dtype != dtype:
+                raise InputError(
+                    f"parameter '{name}' is {value.dtype} now",
+                    why=f"the model was compiled when it was {dtype}",
+                    remedy="compile the model again after changing its dtype",
+                )
+
+
+def _read(root: nn.Module, target: str) -> Any:
+    value: Any = root
+    for part in target.split("."):
+        value = getattr(value, part, None)
+    return value

@@ -1,0 +1,59 @@
+"""Backends: what runs a program graph.
+
+"eager" runs the graph as it is; "inductor" compiles it. A callable of (graph module, example
+inputs), as for torch.compile, is a backend too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from attnlrp_fx import torch_private
+from attnlrp_fx.errors import BackendError
+
+Runnable = Callable[..., Any]
+Backend = Callable[[fx.GraphModule, Sequence[Any]], Runnable]
+
+
+def eager(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
+    """The graph as it is."""
+    return graph_module.forward
+
+
+BACKENDS: Mapping[str, Backend] = {"eager": eager, "inductor": torch_private.inductor}
+
+
+def backend_named(backend: str | Backend) -> Backend:
+    """A backend by its name, or as it is.
+
+    Raises:
+        BackendError: there is no backend of that name.
+    """
+    if not isinstance(backend, str):
+        return backend
+    if backend not in BACKENDS:
+        raise BackendError(
+            f"there is no backend '{backend}'",
+            remedy=f"use one of: {', '.join(BACKENDS)}, or pass a callable",
+        )
+    return BACKENDS[backend]
+
+
+def compile_graph(graph_module: fx.GraphModule, backend: str | Backend) -> Runnable:
+    """Make a program graph runnable.
+
+    Raises:
+        BackendError: the backend failed; the message names its own error.
+    """
+    inputs = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
+    compiler = backend_named(backend)
+    try:
+        return compiler(graph_module, inputs)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        raise BackendError(
+            f"backend '{backend}' could not compile the program",
+            why=f"{type(error).__name__}: {reason[0][:300]}",
+            remedy="use backend='eager', and report this with the model's config",
+        ) from error

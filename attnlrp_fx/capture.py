@@ -1,0 +1,306 @@
+"""Capture: a model as one functional ATen graph.
+
+Everything goes through `torch.export`: a module, a `fx.GraphModule`, an `ExportedProgram`. What
+the table of operators knows stays whole (linear, layer_norm, attention, SiLU, ...), everything else
+is decomposed by PyTorch's own decompositions; in-place ops and no-grad regions are gone. Parameters
+are the model's own objects. What a transformers model needs to be captured (no cache, an attention
+implementation in plain ops) is set for the time of the capture and put back.
+
+Every dimension of every input is tried as dynamic; the capture says which ones stayed so.
+"""
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, default_decompositions
+from torch.utils import _pytree as pytree
+
+from attnlrp_fx.errors import CaptureError, InputError
+from attnlrp_fx.operators import is_known
+from attnlrp_fx.torch_private import unlike_symbols
+
+Inputs = Mapping[str, Any] | Tensor | tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model's graph and how to call it."""
+
+    graph_module: fx.GraphModule
+    """Placeholders are the tensor inputs, in order; the output is the flat list of outputs."""
+    input_names: tuple[str, ...]
+    """Name of each placeholder: the argument's name, with its path where it is nested."""
+    output_spec: pytree.TreeSpec
+    """Puts flat outputs back into the model's own output object."""
+    output_names: tuple[str, ...]
+    """Name of each flat output: "logits", "hidden_states.0", ..."""
+    example: dict[str, Tensor]
+    """The example inputs that were captured, by placeholder."""
+    constants: dict[str, Any] = field(default_factory=dict)
+    """Inputs that are not tensors; they are part of the graph."""
+    notes: tuple[str, ...] = ()
+    """What capture had to change or give up, for the report."""
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    inputs: Inputs | None,
+    dynamic_shapes: str | Mapping[str, Any] | None = "auto",
+) -> Captured:
+    """Capture a model as a functional ATen graph.
+
+    Args:
+        model: a module in evaluation mode, or an exported program.
+        inputs: example inputs by argument name; a tensor or a tuple for positional arguments; an
+            exported program has its own.
+        dynamic_shapes: "auto" tries every dimension of every tensor as dynamic; None fixes all;
+            a mapping goes to `torch.export.export` as it is.
+
+    Raises:
+        CaptureError: the model cannot be captured, or is in training mode.
+        InputError: the inputs do not fit the model's forward.
+    """
+    if isinstance(model, ExportedProgram):
+        if model.example_inputs is None:
+            raise CaptureError(
+                "the exported program has no example inputs",
+                remedy="export it again, or load it with its example inputs",
+            )
+        args, kwargs = model.example_inputs
+        return _captured(model, [*pytree.tree_leaves(args), *pytree.tree_leaves(kwargs)], {}, ())
+    if model.training:
+        raise CaptureError(
+            "the model is in training mode",
+            why="dropout and batch statistics would make explanations random",
+            remedy="call model.eval() first",
+        )
+    named = bind(model, inputs)
+    with ExitStack() as stack:
+        notes = tuple(stack.enter_context(_capturable(model, named)))
+        example = _enlarged(named) if dynamic_shapes == "auto" else named
+        shapes = _auto_shapes(example) if dynamic_shapes == "auto" else dynamic_shapes
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(unlike_symbols())
+        try:
+            exported = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            raise _capture_error(model, error) from error
+        constants = {k: v for k, v in example.items() if not _has_tensors(v)}
+        return _captured(exported, pytree.tree_leaves(example), constants, notes)
+
+
+def bind(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """Example inputs by the names of the model's forward arguments.
+
+    Raises:
+        InputError: a name that forward does not have, or more values than it takes.
+    """
+    signature = inspect.signature(model.forward)
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    if isinstance(inputs, tuple):
+        try:
+            return dict(signature.bind(*inputs).arguments)
+        except TypeError as error:
+            raise InputError(
+                "the inputs do not fit the model's forward",
+                where=f"{type(model).__name__}.forward{signature}",
+                why=str(error),
+            ) from error
+    named = dict(inputs)
+    if not named:
+        raise InputError("there are no inputs", remedy="pass example inputs by name")
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    unknown = [name for name in named if name not in signature.parameters]
+    if unknown and not takes_any:
+        raise InputError(
+            f"the model's forward has no argument '{unknown[0]}'",
+            where=f"{type(model).__name__}.forward",
+            remedy=f"pass some of: {', '.join(signature.parameters)}",
+        )
+    return named
+
+
+@contextmanager
+def _capturable(model: nn.Module, inputs: dict[str, Any]) -> Iterator[list[str]]:
+    """Put a model into a state in which it can be captured, and back.
+
+    Found by mechanism: any module whose config says `use_cache` is told not to; an attention
+    implementation that is no plain ATen op is replaced by PyTorch's own.
+    """
+    notes: list[str] = []
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    configs |= {id(c): c for parent in list(configs.values()) for c in _sub_configs(parent)}
+    caching = [c for c in configs.values() if getattr(c, "use_cache", False)]
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    replaced = implementation not in (None, "eager", "sdpa")
+    requires_grad = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for config in caching:
+            config.use_cache = False
+        if caching:
+            notes.append("key-value caches are off while the model is captured")
+        if replaced:
+            model.set_attn_implementation("sdpa")  # type: ignore[operator]
+            notes.append(f"attention '{implementation}' is captured as 'sdpa'")
+        yield notes
+    finally:
+        for config in caching:
+            config.use_cache = True
+        if replaced:
+            model.set_attn_implementation(implementation)  # type: ignore[operator]
+        for parameter in requires_grad:
+            parameter.requires_grad_(True)
+
+
+def _sub_configs(config: Any) -> list[Any]:
+    names = getattr(config, "sub_configs", None) or {}
+    return [sub for name in names if (sub := getattr(config, name, None)) is not None]
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def _enlarged(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Example inputs whose dynamic dimensions are two or more.
+
+    Sizes 0 and 1 are burnt into a graph, so a batch of one is doubled, and so is a length of one.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    batches = {t.shape[0] for t in tensors if t.dim()}
+    doubled = {0} if batches == {1} else set()
+    tokens = [t for t in tensors if t.dim() == 2 and not t.is_floating_point()]
+    doubled |= {1} if tokens and {t.shape[1] for t in tokens} == {1} else set()
+
+    def enlarge(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        dims = {d for d in doubled if d < leaf.dim() and (d == 0 or not leaf.is_floating_point())}
+        return leaf.repeat([2 if d in dims else 1 for d in range(leaf.dim())])
+
+    return pytree.tree_map(enlarge, inputs)
+
+
+def _auto_shapes(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Every dimension of every tensor as `Dim.AUTO`: dynamic unless the model fixes it."""
+
+    def dims(leaf: Any) -> Any:
+        return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, Tensor) else None
+
+    return {name: pytree.tree_map(dims, value) for name, value in inputs.items()}
+
+
+def _captured(
+    exported: ExportedProgram,
+    example: Sequence[Any],
+    constants: dict[str, Any],
+    notes: tuple[str, ...],
+) -> Captured:
+    """Normalise an exported program to functional ATen and read its calling convention."""
+    table = default_decompositions()
+    for op in list(table):
+        if is_known(op):
+            del table[op]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = exported.run_decompositions(table)
+        graph_module = exported.module(check_guards=False)
+    assert isinstance(graph_module, fx.GraphModule)
+    out_spec = exported.call_spec.out_spec
+    assert out_spec is not None
+    graph_module = _flat(graph_module)
+    names = tuple(str(n.target) for n in graph_module.graph.find_nodes(op="placeholder"))
+    outputs = list(graph_module.graph.output_node().args[0])  # type: ignore[arg-type]
+    output_names = _paths(pytree.tree_unflatten(list(range(len(outputs))), out_spec))
+    notes += _static_notes(graph_module)
+    tensors = (leaf for leaf in example if isinstance(leaf, Tensor))
+    given = dict(zip(names, tensors, strict=True))
+    return Captured(graph_module, names, out_spec, output_names, given, constants, notes)
+
+
+def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs by placeholder name: a nested argument's tensors are named by their path."""
+    flat: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, Mapping | list | tuple):
+            for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+                keys = (str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
+                flat["_".join((name, *keys))] = leaf
+        elif value is not None:
+            flat[name] = value
+    return flat
+
+
+def _flat(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph taking and returning flat lists, without export's calling convention."""
+    graph = graph_module.graph
+    for node in graph.find_nodes(op="placeholder"):
+        if not isinstance(node.meta.get("val"), Tensor):
+            node.replace_all_uses_with(node.meta.get("val"))  # type: ignore[arg-type]
+            graph.erase_node(node)
+    graph.set_codegen(fx.graph.CodeGen())
+    return fx.GraphModule(graph_module, graph)
+
+
+def _paths(tree: Any) -> tuple[str, ...]:
+    """The name of each leaf of a tree of positions, in order."""
+    found = pytree.tree_flatten_with_path(tree)[0]
+    names = {}
+    for path, position in found:
+        keys = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path)
+        names[position] = ".".join(str(key) for key in keys) or "output"
+    return tuple(names[position] for position in range(len(found)))
+
+
+def _static_notes(graph_module: fx.GraphModule) -> tuple[str, ...]:
+    """Which leading dimensions of the inputs capture could not keep dynamic."""
+    notes = []
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        value = node.meta["val"]
+        fixed = [d for d in range(min(value.dim(), 2)) if isinstance(value.shape[d], int)]
+        if fixed and (0 in fixed or not value.is_floating_point()):
+            sizes = ", ".join(f"dimension {d} = {value.shape[d]}" for d in fixed)
+            notes.append(f"input '{node.target}' is fixed to {sizes}")
+    return tuple(notes)
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    """What stopped torch.export, with the user's own line."""
+    message = str(error).strip().splitlines() or [type(error).__name__]
+    return CaptureError(
+        f"{type(model).__name__} could not be captured by torch.export",
+        where=_user_line(error),
+        why=f"{type(error).__name__}: {message[0]}",
+        remedy=_remedy(error),
+    )
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost frame of an error that lies outside PyTorch."""
+    frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
+    own = [f for f in frames if "/torch/" not in f.filename and "/attnlrp_fx/" not in f.filename]
+    if not own:
+        return ""
+    frame = own[-1]
+    code = frame.code_context[0].strip() if frame.code_context else ""
+    return f"{frame.filename}:{frame.lineno}: {code}"
+
+
+def _remedy(error: Exception) -> str:
+    text = f"{type(error).__name__} {error}"
+    if "DataDependent" in text or "data-dependent" in text or "GuardOnData" in text:
+        return (
+            "the model branches on values of its inputs at this line; replace the branch by "
+            "torch.where or torch.cond, or choose an implementation of the model without it"
+        )
+    if isinstance(error, TypeError | ValueError | KeyError):
+        return "check that the example inputs run: model(**inputs)"
+    return "check that model(**inputs) runs, and see the cause above"

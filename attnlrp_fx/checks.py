@@ -1,0 +1,230 @@
+"""Checks of a call's inputs against the captured graph, before anything runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnlrp_fx.errors import InputError, NonFiniteError
+from attnlrp_fx.operators import is_op
+from attnlrp_fx.provenance import describe, module_path
+from attnlrp_fx.tape import Tape
+from attnlrp_fx.tokens import table_and_indices
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class InputChecks:
+    """What the captured graph demands of its inputs.
+
+    Args:
+        graph_module: a captured graph, before or after rewriting.
+        constants: inputs that were no tensors when the model was captured.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, constants: Mapping[str, Any]) -> None:
+        self.constants = constants
+        self.examples = {
+            str(node.target): node.meta["val"]
+            for node in graph_module.graph.find_nodes(op="placeholder")
+        }
+        self.lookups = _lookups(graph_module)
+        self.positions = _positions_graph(graph_module, self.lookups)
+        self._checked_sizes: set[tuple[tuple[int, ...], ...]] = set()
+
+    def ordered(self, inputs: Mapping[str, Any], device: torch.device) -> list[Tensor]:
+        """The inputs in the program's order, checked and on its device.
+
+        Raises:
+            InputError: a name, type, rank, size or dtype that does not fit, or an index beyond
+                its table.
+        """
+        self._check_names(inputs)
+        values = [self._converted(name, inputs[name], device) for name in self.examples]
+        self._check_sizes(dict(zip(self.examples, values, strict=True)))
+        if device.type != "meta":
+            self._check_indices(values)
+        return values
+
+    def _check_names(self, inputs: Mapping[str, Any]) -> None:
+        missing = [name for name in self.examples if name not in inputs]
+        if missing:
+            raise InputError(
+                f"input '{missing[0]}' is missing",
+                why=f"the model was compiled with: {', '.join(self.examples)}",
+                remedy=f"pass {missing[0]}=...",
+            )
+        for name in inputs.keys() - self.examples.keys():
+            if name not in self.constants:
+                raise InputError(
+                    f"there is no input '{name}'",
+                    why=f"the model was compiled with: {', '.join(self.examples)}",
+                    remedy="leave it out, or compile with it",
+                )
+            if inputs[name] != self.constants[name]:
+                raise InputError(
+                    f"input '{name}' was compiled as the constant {self.constants[name]!r}",
+                    remedy=f"compile again with {name}={inputs[name]!r}",
+                )
+
+    def _converted(self, name: str, value: Any, device: torch.device) -> Tensor:
+        example = self.examples[name]
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"input '{name}' is a {type(value).__name__}, not a tensor",
+                remedy='pass tensors; of a tokenizer, ask for return_tensors="pt"',
+            )
+        if value.dim() != example.dim():
+            raise InputError(
+                f"input '{name}' has shape {tuple(value.shape)}",
+                why=f"it has {value.dim()} dimensions, the model was compiled with {example.dim()}",
+            )
+        if value.dtype != example.dtype:
+            both_integers = value.dtype in INTEGERS and example.dtype in INTEGERS
+            if not both_integers:
+                raise InputError(
+                    f"input '{name}' is {value.dtype}",
+                    why=f"the model was compiled with {example.dtype}",
+                    remedy=f"pass {name}.to({example.dtype})",
+                )
+        return value.to(device=device, dtype=example.dtype)
+
+    def _check_sizes(self, values: Mapping[str, Tensor]) -> None:
+        """Fixed sizes are met; sizes that were one symbol are equal; nothing is empty."""
+        sizes: dict[str, tuple[int, str]] = {}
+        for name, value in values.items():
+            if value.numel() == 0:
+                raise InputError(
+                    f"input '{name}' is empty: its shape is {tuple(value.shape)}",
+                    remedy="pass at least one row and one token (an empty text has none)",
+                )
+            for dim, (size, expected) in enumerate(
+                zip(value.shape, self.examples[name].shape, strict=True)
+            ):
+                if isinstance(expected, int):
+                    if size != expected:
+                        raise InputError(
+                            f"input '{name}' has shape {tuple(value.shape)}",
+                            why=f"dimension {dim} was fixed to {expected} when it was captured",
+                            remedy="compile with dynamic_shapes='auto', or see report() for why",
+                        )
+                    continue
+                known, where = sizes.setdefault(str(expected), (size, f"{name}[{dim}]"))
+                if known != size:
+                    raise InputError(
+                        f"input '{name}' has shape {tuple(value.shape)}",
+                        why=f"dimension {dim} must equal {where}, which is {known}",
+                    )
+
+    def _check_indices(self, values: list[Tensor]) -> None:
+        """Token ids always; positions that follow from the sizes, once for each new set of sizes."""
+        by_name = dict(zip(self.examples, values, strict=True))
+        for node, name, rows in self.lookups:
+            if name is not None:
+                self._check_range(node, by_name[name], rows, f"input '{name}'")
+        sizes = tuple(tuple(value.shape) for value in values)
+        if self.positions is None or sizes in self._checked_sizes:
+            return
+        computed = [entry for entry in self.lookups if entry[1] is None]
+        with torch.no_grad():
+            for (node, _, rows), index in zip(computed, self.positions(*values), strict=True):
+                self._check_range(node, index, rows, None)
+        self._checked_sizes.add(sizes)
+
+    def _check_range(self, node: fx.Node, index: Tensor, rows: int, what: str | None) -> None:
+        low, high = (int(v) for v in torch.aminmax(index))
+        if low >= 0 and high < rows:
+            return
+        wrong = low if low < 0 else high
+        if what is None:
+            raise InputError(
+                f"the sequence is too long: it needs position {wrong}, the model has {rows}",
+                where=describe(node),
+                remedy=f"shorten the inputs (truncation=True, max_length={rows})",
+            )
+        raise InputError(
+            f"{what} holds index {wrong}, its table '{module_path(node)}' has {rows} rows",
+            where=describe(node),
+            remedy="use the tokenizer that belongs to the model",
+        )
+
+
+def _lookups(graph_module: fx.GraphModule) -> list[tuple[fx.Node, str | None, int]]:
+    """Each look-up of a table: the node, the input that its indices are, the table's rows."""
+    found = []
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function" or not is_op(node, "embedding"):
+            continue
+        table_and_ids = table_and_indices(node)
+        assert table_and_ids is not None
+        table, ids = table_and_ids
+        if table.op != "get_attr" or not isinstance(ids, fx.Node):
+            continue
+        rows = int(graph_module.get_parameter(str(table.target)).shape[0])
+        source = ids if ids.op == "placeholder" else None
+        found.append((node, str(source.target) if source else None, rows))
+    return found
+
+
+def _positions_graph(
+    graph_module: fx.GraphModule, lookups: list[tuple[fx.Node, str | None, int]]
+) -> fx.GraphModule | None:
+    """The part of a graph that computes indices which are not inputs themselves."""
+    wanted = [table_and_indices(node)[1] for node, name, _ in lookups if name is None]  # type: ignore[index]
+    if not wanted:
+        return None
+    needed: set[fx.Node] = set()
+    stack = list(wanted)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in graph_module.graph.nodes:
+        if node in needed or node.op == "placeholder":
+            values[node] = graph.node_copy(node, values.__getitem__)
+    graph.output([values[node] for node in wanted])
+    return fx.GraphModule(graph_module, graph)
+
+
+def find_non_finite(
+    rewritten: fx.GraphModule,
+    attributes: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    seeds: Mapping[int, Tensor],
+) -> None:
+    """Run a rewritten graph and its pullbacks node by node, looking for NaN and infinity.
+
+    Args:
+        rewritten: the rewritten graph.
+        attributes: its tensors by name.
+        inputs: its inputs, in order.
+        seeds: the coefficient of each seeded flat output.
+
+    Raises:
+        NonFiniteError: naming the input, or the first node whose value or coefficient is not
+            finite. Infinities of constants (masks) do not count.
+    """
+    for name, value in inputs.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(f"input '{name}' holds NaN or infinity")
+
+    def watch(node: fx.Node, phase: str, value: Any) -> None:
+        parts = value if isinstance(value, list | tuple) else [value]
+        floating = (p for p in parts if isinstance(p, Tensor) and p.is_floating_point())
+        if not all(bool(torch.isfinite(part).all()) for part in floating):
+            raise NonFiniteError(
+                f"NaN or infinity arises in the {phase} pass",
+                where=describe(node),
+                why="its value" if phase == "forward" else "the coefficient that it receives",
+                remedy="look for overflow at this line; try float32 or wider",
+            )
+
+    with torch.no_grad():
+        tape = Tape(rewritten, attributes, watch=watch)
+        tape.run(*inputs.values())
+        outputs = rewritten.graph.output_node().args[0]
+        tape.reverse({outputs[i]: seed for i, seed in seeds.items()})  # type: ignore[index,misc]

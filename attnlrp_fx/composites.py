@@ -1,0 +1,152 @@
+"""Composites: ordered lists of matcher → rule.
+
+The first matcher that fits a node decides its rule. A composite prints as the list that it is, and
+`with_rules` puts a user's own entries before it.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from fnmatch import translate
+
+from torch import fx
+
+from attnlrp_fx.errors import RuleError
+from attnlrp_fx.operators import Kind
+from attnlrp_fx.provenance import module_class, module_path, target_name
+from attnlrp_fx.rules import (
+    Attention,
+    Constant,
+    Epsilon,
+    Gradient,
+    Identity,
+    Rule,
+    StatisticConstant,
+    Taylor,
+    Uniform,
+    Winner,
+)
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which nodes an entry of a composite stands for; fields that are None fit every node."""
+
+    kind: Kind | str | None = None
+    """Kind of op: one of `attnlrp_fx.operators.Kind`."""
+    role: str | None = None
+    """Role in the model: "gate" (an activation that multiplies another explained value) or
+    "weights" (a softmax that does)."""
+    op: str | None = None
+    """Glob on the op's name, e.g. "aten.silu.*"."""
+    module: str | None = None
+    """Glob on the module path, e.g. "model.layers.*.mlp*"."""
+    module_class: str | None = None
+    """Glob on the class name of the innermost module."""
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in set(Kind):
+            raise RuleError(
+                f"there is no kind of op '{self.kind}'",
+                remedy=f"use one of: {', '.join(Kind)}",
+            )
+
+    def fits(self, node: fx.Node, kind: Kind, role: str | None) -> bool:
+        """Whether a node of the given kind and role is meant."""
+        return (
+            self.kind in (None, kind)
+            and self.role in (None, role)
+            and _glob(self.op, target_name(node.target))
+            and _glob(self.module, module_path(node))
+            and _glob(self.module_class, module_class(node))
+        )
+
+    def __str__(self) -> str:
+        given = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        return ", ".join(f"{name}={value}" for name, value in given if value is not None) or "any"
+
+
+def _glob(pattern: str | None, text: str) -> bool:
+    return pattern is None or re.match(translate(pattern), text) is not None
+
+
+@dataclass(frozen=True)
+class Composite:
+    """An ordered list of matcher → rule."""
+
+    name: str
+    entries: tuple[tuple[Match, Rule], ...]
+
+    def rule_for(self, node: fx.Node, kind: Kind, role: str | None) -> Rule | None:
+        """The rule of the first entry that fits, None if there is none."""
+        return next((rule for match, rule in self.entries if match.fits(node, kind, role)), None)
+
+    def with_rules(self, *entries: tuple[Match, Rule]) -> "Composite":
+        """The same composite with entries put before its own.
+
+        >>> from attnlrp_fx import COMPOSITES, Epsilon, Match
+        >>> mine = COMPOSITES["attnlrp"].with_rules((Match(module="*.mlp*", kind="linear"),
+        ...                                          Epsilon(1e-6)))
+        >>> print(mine.name, len(mine.entries) - len(COMPOSITES["attnlrp"].entries))
+        attnlrp+1 1
+        """
+        return replace(self, name=f"{self.name}+{len(entries)}", entries=entries + self.entries)
+
+    def __str__(self) -> str:
+        width = max((len(str(match)) for match, _ in self.entries), default=0)
+        lines = (f"  {match!s:<{width}}  {rule}" for match, rule in self.entries)
+        return "\n".join((f"composite {self.name}", *lines))
+
+
+_LINEAR_PARTS: tuple[tuple[Match, Rule], ...] = (
+    (Match(kind=Kind.STATISTIC), Constant()),
+    (Match(kind=Kind.NORM), StatisticConstant()),
+    (Match(kind=Kind.LINEAR), Epsilon()),
+    (Match(kind=Kind.SELECTION), Winner()),
+)
+_NONLINEAR_PARTS: tuple[tuple[Match, Rule], ...] = (
+    (Match(kind=Kind.ACTIVATION), Identity()),
+    (Match(kind=Kind.PRODUCT), Uniform()),
+    (Match(kind=Kind.SOFTMAX), Taylor()),
+    (Match(kind=Kind.REDUCTION), Taylor()),
+    (Match(kind=Kind.QUOTIENT), Taylor()),
+)
+
+ATTNLRP = Composite(
+    "attnlrp",
+    (*_LINEAR_PARTS, (Match(kind=Kind.ATTENTION), Attention(weights=0.5)), *_NONLINEAR_PARTS),
+)
+"""AttnLRP for language models (Achtibat et al. 2024): ε = 0 everywhere, no γ."""
+
+CP_LRP = Composite(
+    "cp-lrp",
+    (
+        *_LINEAR_PARTS,
+        (Match(kind=Kind.ATTENTION), Attention(weights=0.0)),
+        (Match(role="weights"), Constant()),
+        (Match(role="gate"), Constant()),
+        *_NONLINEAR_PARTS,
+    ),
+)
+"""Attention weights and gates are constants (Ali et al. 2022)."""
+
+GRADIENT = Composite("gradient", ((Match(), Gradient()),))
+"""Gradient×Input."""
+
+COMPOSITES: Mapping[str, Composite] = {c.name: c for c in (ATTNLRP, CP_LRP, GRADIENT)}
+
+
+def composite_named(composite: str | Composite) -> Composite:
+    """A composite by its name, or as it is.
+
+    Raises:
+        RuleError: there is no composite of that name.
+    """
+    if isinstance(composite, Composite):
+        return composite
+    if composite not in COMPOSITES:
+        raise RuleError(
+            f"there is no composite '{composite}'",
+            remedy=f"use one of: {', '.join(COMPOSITES)}, or pass a Composite",
+        )
+    return COMPOSITES[composite]

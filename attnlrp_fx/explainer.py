@@ -1,0 +1,333 @@
+"""The explainable graph module: one compiled program, many explanations."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from attnlrp_fx import ops
+from attnlrp_fx.attributes import Attributes
+from attnlrp_fx.backends import Backend, Runnable, compile_graph
+from attnlrp_fx.capture import Captured, flat_inputs
+from attnlrp_fx.checks import InputChecks, find_non_finite
+from attnlrp_fx.codegen import Program, emit
+from attnlrp_fx.errors import InputError, TargetError
+from attnlrp_fx.explanation import Explanation
+from attnlrp_fx.labels import Labels
+from attnlrp_fx.ledger import Ledger, read_ledger
+from attnlrp_fx.report import Compilation, Report
+from attnlrp_fx.targets import Chosen, Outputs, Target, TargetLike, as_target
+
+Stage = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExplainerOptions:
+    """How programs are compiled and what they return."""
+
+    backend: str | Backend = "inductor"
+    target: Target | None = None
+    """The default target of calls; None: the highest logit of the last token."""
+    audit: bool = False
+    """Whether programs return the ledger."""
+    labels: Labels = Labels()
+    on_stage: Stage | None = None
+    """Told what is being done, for progress displays."""
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """A program and its two runnable halves."""
+
+    program: Program
+    forward: Runnable
+    relevance: Runnable
+    forward_inputs: tuple[str, ...]
+    relevance_inputs: tuple[str, ...]
+
+
+class ExplainableGraphModule(nn.Module):
+    """A model compiled to explain itself: call it with the model's inputs.
+
+    Made by `attnlrp_fx.compile`. Parameters and buffers are the model's own, read at every call:
+    an optimiser's step, `load_state_dict` or `.to(device)` shows at once. A first call on another
+    device, or with a target that reads other outputs, compiles a program more; another batch size,
+    length, index or position does not.
+
+    Attributes:
+        model: the model itself, untouched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        captured: Captured,
+        rewritten: fx.GraphModule,
+        report: Report,
+        options: ExplainerOptions,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._graphs = {"captured": captured.graph_module, "rewritten": rewritten}
+        self._convention = captured
+        self._report = report
+        self._options = options
+        self._target = options.target or as_target(None)
+        self._attributes = Attributes(model, rewritten)
+        self._checks = InputChecks(rewritten, captured.constants)
+        self._captured_device = self._attributes.device()
+        self._programs: dict[tuple[tuple[int, ...], torch.device], _Compiled] = {}
+        self._seeded: dict[Any, tuple[int, ...]] = {}
+        self.eval()
+
+    @property
+    def captured(self) -> fx.GraphModule:
+        """What the model does, as it was captured; takes and returns flat lists."""
+        return self._graphs["captured"]
+
+    @property
+    def rewritten(self) -> fx.GraphModule:
+        """Which rule stands where; takes and returns flat lists, and computes the outputs."""
+        return self._graphs["rewritten"]
+
+    @property
+    def program(self) -> fx.GraphModule:
+        """What runs: (parameters, inputs, seeds) → (outputs, relevance), flat, in ATen."""
+        return self._compiled(self._default_seeds(), self._attributes.device()).program.graph_module
+
+    @property
+    def compilations(self) -> int:
+        """How many programs have been compiled so far."""
+        return len(self._programs)
+
+    def report(self) -> Report:
+        """What each pass did, each rule's count, ops that fell through, what was compiled."""
+        return self._report
+
+    def forward(
+        self,
+        *args: Any,
+        target: TargetLike = None,
+        check_finite: bool = False,
+        **inputs: Any,
+    ) -> Explanation:
+        """Explain a batch.
+
+        Args:
+            *args: a mapping of inputs, or tensors in the order of the model's arguments, instead
+                of keywords.
+            target: what to explain, a `Logit`, `Contrast`, `LogProb`, an index, or a function of
+                the model's outputs that returns (batch,); None: the compiled default.
+            check_finite: look for NaN and infinity in inputs, outputs and relevance, and name the
+                first node where one arises.
+            **inputs: the model's inputs by name, with the dtypes it was compiled with; batch and
+                sequence of any size.
+
+        Returns:
+            Relevance of every explained input, the model's outputs and the explained values.
+
+        Raises:
+            InputError: the inputs do not fit.
+            TargetError: the outputs do not have the target.
+            NonFiniteError: only with check_finite.
+        """
+        wanted = self._target if target is None else as_target(target)
+        device = self._attributes.device()
+        values = self._checks.ordered(self._named(args, inputs), device)
+        given = dict(zip(self._checks.examples, values, strict=True))
+        with torch.no_grad():
+            explanation, seeds = self._explain(wanted, given, device)
+        if check_finite:
+            find_non_finite(self.rewritten, self._attributes.values(device), given, seeds)
+        return explanation
+
+    def prepare(self) -> "ExplainableGraphModule":
+        """Compile the program of the default target now rather than at the first call."""
+        self._compiled(self._default_seeds(), self._attributes.device())
+        return self
+
+    def _explain(
+        self, target: Target, given: dict[str, Tensor], device: torch.device
+    ) -> tuple[Explanation, dict[int, Tensor]]:
+        """The explanation, and the seeds by flat output."""
+        seeded = self._seeded.get(_kind(target)) or self._default_seeds()
+        compiled = self._compiled(seeded, device)
+        values: dict[str, Tensor] = {**self._attributes.values(device), **given}
+        self._attributes.check_dtypes(values)
+        produced = compiled.forward(*[values[name] for name in compiled.forward_inputs])
+        flat = produced[: compiled.program.outputs]
+        chosen, seeds = self._seed(target, flat, given)
+        if not seeds.keys() <= set(seeded):
+            self._seeded[_kind(target)] = tuple(sorted(seeds))
+            return self._explain(target, given, device)
+        saved = (name for name in compiled.relevance_inputs if name.startswith("saved:"))
+        values.update(zip(saved, produced[compiled.program.outputs :], strict=True))
+        for i in seeded:
+            values[f"seed_{i}"] = seeds[i] if i in seeds else torch.zeros_like(flat[i])
+        read = compiled.relevance(*[values[name] for name in compiled.relevance_inputs])
+        explained = compiled.program.explained
+        relevance = {n: r for n, r in sorted(zip(explained, read, strict=False))}
+        ledger = (
+            self._ledger(compiled.program, chosen, flat, seeds, relevance, read[len(explained) :])
+            if self._options.audit
+            else None
+        )
+        labels = self._options.labels
+        classes, is_token = self._classes(flat, seeded)
+        explanation = Explanation(
+            relevance={name: relevance[name] for name in given if name in relevance},
+            outputs=pytree.tree_unflatten(list(flat), self._convention.output_spec),
+            target_value=chosen.value.detach(),
+            target=str(target),
+            inputs=given,
+            tokens=labels.tokens(given, relevance),
+            mask=labels.masks(given, relevance),
+            ledger=ledger,
+            labels=labels.of_index(chosen.index, classes, is_token),
+        )
+        return explanation, seeds
+
+    def _named(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs by placeholder name: keywords, one mapping, or positional tensors."""
+        if len(args) == 1 and isinstance(args[0], Mapping):
+            inputs = {**args[0], **inputs}
+        elif args:
+            names = list(self._checks.examples)
+            if len(args) > len(names):
+                raise InputError(f"{len(args)} inputs given, the model takes {len(names)}")
+            inputs = {**dict(zip(names, args, strict=False)), **inputs}
+        return flat_inputs(inputs)
+
+    def _seed(
+        self, target: Target, flat: Sequence[Any], given: Mapping[str, Tensor]
+    ) -> tuple[Chosen, dict[int, Tensor]]:
+        """The target, and its gradient with respect to each output that it reads.
+
+        Raises:
+            TargetError: it reads none, or one that nothing explained leads to.
+        """
+        with torch.enable_grad():
+            watched = list(flat)
+            floating = [i for i, v in enumerate(flat) if _is_floating(v)]
+            for i in floating:
+                watched[i] = flat[i].detach().requires_grad_()
+            chosen = target.choose(self._outputs(watched, given))
+            if not chosen.value.requires_grad:
+                raise TargetError(
+                    "the target does not depend on the model's floating outputs",
+                    where=str(target),
+                    remedy="compute it from them, without detaching",
+                )
+            leaves = [watched[i] for i in floating]
+            found = torch.autograd.grad(chosen.value.sum(), leaves, allow_unused=True)
+        seeds = {i: seed for i, seed in zip(floating, found, strict=True) if seed is not None}
+        outputs = self.rewritten.graph.output_node().args[0]
+        for i in seeds:
+            if not ops.is_explained(outputs[i]):  # type: ignore[index,arg-type]
+                raise TargetError(
+                    f"output '{self._convention.output_names[i]}' does not depend on what is "
+                    "explained",
+                    remedy="choose another output, or explain other inputs",
+                )
+        return chosen, seeds
+
+    def _outputs(self, flat: Sequence[Any], given: Mapping[str, Tensor]) -> Outputs:
+        """The flat outputs as a target sees them."""
+        names = self._convention.output_names
+        named = {names[i]: value for i, value in enumerate(flat) if _is_floating(value)}
+        masks = {n: v for n, v in given.items() if n.endswith("attention_mask") and v.dim() == 2}
+        return Outputs(named, pytree.tree_unflatten(flat, self._convention.output_spec), masks)
+
+    def _default_seeds(self) -> tuple[int, ...]:
+        """The outputs that the default target reads, found on the example's outputs."""
+        kind = _kind(self._target)
+        if kind not in self._seeded:
+            example = self._convention.example
+            with torch.no_grad():
+                flat = self.captured(*example.values())
+            self._seeded[kind] = tuple(sorted(self._seed(self._target, flat, example)[1]))
+        return self._seeded[kind]
+
+    def _compiled(self, seeded: tuple[int, ...], device: torch.device) -> _Compiled:
+        """The program for some seeds on a device, compiled if it is not there yet."""
+        if (seeded, device) not in self._programs:
+            self._programs[seeded, device] = self._compile(seeded, device)
+        return self._programs[seeded, device]
+
+    def _compile(self, seeded: tuple[int, ...], device: torch.device) -> _Compiled:
+        stage = self._options.on_stage or (lambda text: None)
+        stage("tracing the program")
+        start = time.perf_counter()
+        program = emit(
+            self.rewritten,
+            seeded,
+            attributes=self._attributes.values(device),
+            device=device,
+            captured_device=self._captured_device,
+            audit=self._options.audit,
+        )
+        traced = time.perf_counter()
+        stage("compiling the program")
+        compiled = _Compiled(
+            program,
+            compile_graph(program.forward, self._options.backend),
+            compile_graph(program.relevance, self._options.backend),
+            _input_names(program.forward),
+            _input_names(program.relevance),
+        )
+        self._report.compilations.append(
+            Compilation(
+                device=str(device),
+                seeded=tuple(self._convention.output_names[i] for i in seeded),
+                nodes=len(program.graph_module.graph.nodes),
+                emit_seconds=traced - start,
+                backend_seconds=time.perf_counter() - traced,
+            )
+        )
+        return compiled
+
+    def _classes(self, flat: Sequence[Any], seeded: Sequence[int]) -> tuple[int, bool]:
+        """How many classes the explained output has, and whether they are tokens."""
+        output = flat[seeded[0]]
+        return output.shape[-1], output.dim() == 3 or output.shape[-1] > 1000
+
+    def _ledger(
+        self,
+        program: Program,
+        chosen: Chosen,
+        flat: Sequence[Tensor],
+        seeds: Mapping[int, Tensor],
+        relevance: Mapping[str, Tensor],
+        sums: Sequence[Tensor],
+    ) -> Ledger:
+        nodes = {node.name: node for node in self.rewritten.graph.nodes}
+        seeded = sum(float((flat[i].double() * seed.double()).sum()) for i, seed in seeds.items())
+        return read_ledger(
+            [nodes[name] for name in program.audited],
+            sums[0] if sums else torch.zeros(0, 3),
+            target=float(chosen.value.double().sum()),
+            seeded=seeded,
+            inputs={name: float(r.double().sum()) for name, r in relevance.items()},
+        )
+
+
+def _kind(target: Target) -> tuple[Any, ...]:
+    """Targets of one kind read the same outputs."""
+    return (
+        type(target),
+        getattr(target, "output", None),
+        getattr(target, "index", None) is None,
+        getattr(target, "function", None),
+    )
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+
+
+def _input_names(graph_module: fx.GraphModule) -> tuple[str, ...]:
+    return tuple(n.meta["name"] for n in graph_module.graph.find_nodes(op="placeholder"))

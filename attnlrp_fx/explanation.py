@@ -1,0 +1,403 @@
+"""The result of explaining a batch: numbers first, pictures of them on request.
+
+An explanation holds tensors as they came out of the program, padding included. Everything made for
+reading (`top`, `to_dict`, `to_pandas`, the pictures) leaves padding out, and says so where padding
+holds relevance. A token input is one whose elements index a table: it has tokens or a mask, or it
+is not floating. A float input has relevance in its own shape.
+
+An input whose leading size is not the batch's (the patches of all images in one tensor, say)
+belongs to no single row; it is reported once, after the rows, unless the batch has only one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from torch import Tensor
+
+from attnlrp_fx import heatmap
+from attnlrp_fx.errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    import pandas as pd  # type: ignore[import-untyped, unused-ignore]
+    from matplotlib.figure import Figure
+
+SCHEMA = "attnlrp_fx.explanation/1"
+
+
+class TokenRelevance(NamedTuple):
+    """One token of one row and its relevance."""
+
+    input: str
+    position: int
+    token: str
+    relevance: float
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Explanation:
+    """Relevance of a batch's inputs for one target a row.
+
+    Raises:
+        InputError: shapes of relevance, tokens, mask, labels and target values do not agree.
+    """
+
+    relevance: dict[str, Tensor]
+    """By input name, floating: (batch, sequence) for tokens, the input's own shape otherwise."""
+    outputs: Any
+    """What the model returned, unchanged."""
+    target_value: Tensor
+    """(batch,): the explained value of each row."""
+    target: str
+    """What was explained, in words, for the batch as a whole."""
+    inputs: dict[str, Tensor]
+    """What the model was given, by name."""
+    tokens: dict[str, list[list[str]]] | None = None
+    """By token input: the vocabulary's spelling of each token, padding included."""
+    mask: dict[str, Tensor] | None = None
+    """By token input, (batch, sequence): nonzero for tokens, 0 for padding. Absent: no padding."""
+    ledger: Any | None = None
+    """Where relevance went on its way, if it was kept; prints by itself."""
+    labels: list[str] | None = None
+    """What was explained in each row, as text, where it is known."""
+
+    def __post_init__(self) -> None:
+        if self.target_value.dim() != 1:
+            raise InputError(
+                f"target_value has shape {tuple(self.target_value.shape)}; it must be (batch,)."
+            )
+        batch = len(self)
+        if self.labels is not None and len(self.labels) != batch:
+            raise InputError(f"{len(self.labels)} labels for a batch of {batch}.")
+        for name, relevance in self.relevance.items():
+            if not relevance.is_floating_point():
+                raise InputError(f"Relevance of {name!r} is {relevance.dtype}, not floating.")
+            if self._is_tokens(name):
+                self._check_tokens(name, relevance)
+
+    def _check_tokens(self, name: str, relevance: Tensor) -> None:
+        shape = tuple(relevance.shape)
+        if len(shape) != 2 or shape[0] != len(self):
+            raise InputError(
+                f"Relevance of the tokens {name!r} has shape {shape}; "
+                f"it must be ({len(self)}, sequence)."
+            )
+        mask = (self.mask or {}).get(name)
+        if mask is not None and tuple(mask.shape) != shape:
+            raise InputError(f"The mask of {name!r} has shape {tuple(mask.shape)}, not {shape}.")
+        ids = self.inputs.get(name)
+        if ids is not None and tuple(ids.shape) != shape:
+            raise InputError(f"The input {name!r} has shape {tuple(ids.shape)}, not {shape}.")
+        tokens = (self.tokens or {}).get(name)
+        if tokens is not None and [len(row) for row in tokens] != [shape[1]] * shape[0]:
+            raise InputError(
+                f"The tokens of {name!r} number {[len(row) for row in tokens]}; "
+                f"each of {shape[0]} rows must have {shape[1]}."
+            )
+
+    def __len__(self) -> int:
+        """Rows in the batch."""
+        return self.target_value.shape[0]
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {tuple(r.shape)}" for name, r in self.relevance.items())
+        return f"Explanation(target={self.target!r}, batch={len(self)}, relevance: {shapes})"
+
+    # As data
+
+    def top(self, k: int, input: str | None = None) -> list[list[TokenRelevance]]:
+        """The ``k`` tokens of each row with the largest |relevance|, strongest first.
+
+        Args:
+            k: how many; a shorter row gives all it has.
+            input: name of one token input; by default those of all are ranked together.
+
+        Returns:
+            A list a row. The sign of relevance is kept; what is not finite has no rank and is
+            left out.
+
+        Raises:
+            InputError: ``k`` is less than 1, or ``input`` names no token input.
+        """
+        if k < 1:
+            raise InputError(f"top needs k of at least 1, not {k}.")
+        known = [name for name in self.relevance if self._is_tokens(name)]
+        if input is not None and input not in known:
+            raise InputError(
+                f"{input!r} is not a token input of this explanation.",
+                remedy=f"choose one of {known}" if known else "there are none; read relevance",
+            )
+        rows = []
+        for row in range(len(self)):
+            found = [
+                TokenRelevance(strip.name, position, token, relevance)
+                for strip in self._strips(row)
+                if input in (None, strip.name)
+                for position, token, relevance in zip(
+                    strip.positions, strip.tokens, strip.relevance, strict=True
+                )
+                if math.isfinite(relevance)
+            ]
+            rows.append(sorted(found, key=lambda entry: -abs(entry.relevance))[:k])
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """The explanation as lists, strings and floats; ``outputs`` and the ledger are left out.
+
+        Returns:
+            ::
+
+                {"schema": "attnlrp_fx.explanation/1",
+                 "target": str,
+                 "rows": [{"label": str or None,
+                           "target_value": float,
+                           "relevance_sum": float,      # over what is listed here
+                           "inputs": {name: INPUT}}],
+                 "batch_inputs": {name: INPUT}}         # what belongs to no single row
+
+            INPUT of tokens, padding left out, lists of one length::
+
+                {"kind": "tokens", "positions": [int], "ids": [int] or None,
+                 "tokens": [str] or None, "relevance": [float]}
+
+            INPUT of floats::
+
+                {"kind": "values", "shape": [int], "relevance": nested lists}
+
+            A number that is not finite is None, since JSON has none.
+        """
+        rows = []
+        for row in range(len(self)):
+            section = self._section(row)
+            inputs = {strip.name: self._token_dict(row, strip) for strip in section.strips}
+            inputs |= {grid.name: _value_dict(grid) for grid in section.grids}
+            rows.append(
+                {
+                    "label": self.labels[row] if self.labels else None,
+                    "target_value": _plain(section.value),
+                    "relevance_sum": _plain(section.total),
+                    "inputs": inputs,
+                }
+            )
+        return {
+            "schema": SCHEMA,
+            "target": self.target,
+            "rows": rows,
+            "batch_inputs": {grid.name: _value_dict(grid) for grid in self._batch_grids()},
+        }
+
+    def _token_dict(self, row: int, strip: heatmap.TokenStrip) -> dict[str, Any]:
+        ids = self.inputs[strip.name][row].tolist() if strip.name in self.inputs else None
+        return {
+            "kind": "tokens",
+            "positions": list(strip.positions),
+            "ids": [ids[position] for position in strip.positions] if ids is not None else None,
+            "tokens": list(strip.tokens) if strip.name in (self.tokens or {}) else None,
+            "relevance": _plain(list(strip.relevance)),
+        }
+
+    def to_json(self, path: str | Path) -> None:
+        """Write `to_dict` to ``path`` as UTF-8 JSON.
+
+        The file is complete or untouched, whatever happens in between.
+
+        Raises:
+            OSError: the directory does not exist or cannot be written.
+        """
+        _write_atomically(path, json.dumps(self.to_dict(), allow_nan=False) + "\n")
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Relevance in long form, a line a token or a float.
+
+        Returns:
+            Columns ``row`` (missing for what belongs to no single row), ``input``, ``position``
+            and ``token`` (of tokens), ``relevance``, and, if there are float inputs, their indices
+            ``index_0``, ``index_1``, … within the row. Padding is left out.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise MissingExtraError(
+                "A table of relevance needs pandas.",
+                why=str(error),
+                remedy="pip install 'attnlrp_fx[pandas]'",
+            ) from error
+
+        parts = [
+            pd.DataFrame(
+                {
+                    "row": row,
+                    "input": strip.name,
+                    "position": strip.positions,
+                    "token": strip.tokens,
+                    "relevance": strip.relevance,
+                }
+            )
+            for row in range(len(self))
+            for strip in self._strips(row)
+        ]
+        grids: list[tuple[int | None, heatmap.Grid]] = []
+        grids += [(row, grid) for row in range(len(self)) for grid in self._grids(row)]
+        grids += [(None, grid) for grid in self._batch_grids()]
+        for row, grid in grids:
+            values = grid.relevance.double().cpu()
+            indices = values.new_ones(values.shape).nonzero().unbind(1)
+            parts.append(
+                pd.DataFrame(
+                    {"row": row, "input": grid.name, "relevance": values.flatten().tolist()}
+                    | {f"index_{axis}": index.tolist() for axis, index in enumerate(indices)}
+                )
+            )
+        columns = ["row", "input", "position", "token", "relevance"]
+        axes = max((values.relevance.dim() for _, values in grids), default=0)
+        columns += [f"index_{axis}" for axis in range(axes)]
+        table = pd.concat(parts, ignore_index=True).reindex(columns=columns)
+        whole = {name: "Int64" for name in columns if name.startswith(("row", "pos", "index"))}
+        return table.astype(whole)
+
+    # As pictures
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """A self-contained page: no script, no network; light and dark; printable.
+
+        Args:
+            path: where to write the page as well, complete or not at all.
+
+        Raises:
+            OSError: the directory of ``path`` does not exist or cannot be written.
+        """
+        page = heatmap.html_document(self._sections(), f"Relevance for {self.target}")
+        if path is not None:
+            _write_atomically(path, page)
+        return page
+
+    def figure(self) -> Figure:
+        """A matplotlib Figure, 8 inches wide and as high as it needs to be.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        return heatmap.figure(self._sections())
+
+    def _repr_html_(self) -> str:
+        return heatmap.html_fragment(self._sections())
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        colours = None if console.no_color else console.color_system
+        yield from heatmap.terminal(
+            self._sections(), colours, ascii_only=options.ascii_only, width=options.max_width
+        )
+
+    # From tensors to what is drawn
+
+    def _is_tokens(self, name: str) -> bool:
+        given = self.inputs.get(name)
+        indexes = given is not None and not given.is_floating_point()
+        return indexes or name in (self.tokens or {}) or name in (self.mask or {})
+
+    def _is_by_row(self, name: str) -> bool:
+        relevance = self.relevance[name]
+        return len(self) == 1 or (relevance.dim() > 0 and relevance.shape[0] == len(self))
+
+    def _sections(self) -> list[heatmap.Section]:
+        sections = [self._section(row) for row in range(len(self))]
+        shared = tuple(self._batch_grids())
+        return [*sections, heatmap.Section("All rows", None, grids=shared)] if shared else sections
+
+    def _section(self, row: int) -> heatmap.Section:
+        title = self.target
+        if self.labels and f"'{self.labels[row]}'" not in title:
+            title = f"{title}: {self.labels[row]}"
+        if len(self) > 1:
+            title = f"Row {row} · {title}"
+        return heatmap.Section(
+            title,
+            float(self.target_value[row].detach()),
+            tuple(self._strips(row)),
+            tuple(self._grids(row)),
+        )
+
+    def _strips(self, row: int) -> Iterator[heatmap.TokenStrip]:
+        for name, values in self.relevance.items():
+            if not self._is_tokens(name):
+                continue
+            relevance = values[row].detach().double().cpu().tolist()
+            mask = (self.mask or {}).get(name)
+            real = mask[row].bool().tolist() if mask is not None else [True] * len(relevance)
+            positions = tuple(i for i, keep in enumerate(real) if keep)
+            tokens, spelling = self._spelled(name)
+            yield heatmap.TokenStrip(
+                name,
+                tuple(tokens[row][i] for i in positions),
+                positions,
+                tuple(relevance[i] for i in positions),
+                spelling,
+                hidden=sum(r for r, keep in zip(relevance, real, strict=True) if not keep),
+            )
+
+    def _spelled(self, name: str) -> tuple[list[list[str]], heatmap.Spelling]:
+        """Tokens and their spelling; without a tokenizer the ids, or the positions, stand alone."""
+        tokens = (self.tokens or {}).get(name)
+        if tokens is not None:
+            return tokens, heatmap.spelling(token for row in tokens for token in row)
+        ids = self.inputs.get(name)
+        if ids is not None:
+            return [[str(i) for i in row] for row in ids.tolist()], "word"
+        rows, length = self.relevance[name].shape
+        return [[f"[{i}]" for i in range(length)] for _ in range(rows)], "word"
+
+    def _grids(self, row: int) -> Iterator[heatmap.Grid]:
+        for name, values in self.relevance.items():
+            if not self._is_tokens(name) and self._is_by_row(name):
+                by_row = values.dim() > 0 and values.shape[0] == len(self)
+                yield heatmap.Grid(name, (values[row] if by_row else values).detach())
+
+    def _batch_grids(self) -> Iterator[heatmap.Grid]:
+        for name, values in self.relevance.items():
+            if not self._is_tokens(name) and not self._is_by_row(name):
+                yield heatmap.Grid(name, values.detach())
+
+
+def _plain(value: Any) -> Any:
+    """Numbers in nested lists, with None for what is not finite."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _value_dict(grid: heatmap.Grid) -> dict[str, Any]:
+    values = grid.relevance.double().cpu()
+    return {
+        "kind": "values",
+        "shape": list(values.shape),
+        "relevance": _plain(values.tolist()),
+    }
+
+
+def _write_atomically(path: str | Path, text: str) -> None:
+    """Write beside ``path`` and rename: readers see the old file or the new one, never a part.
+
+    The temporary file is opened by name, not by `tempfile`, so that it gets the permissions that
+    any new file of the user's gets.
+    """
+    goal = Path(path).resolve()
+    draft = goal.with_name(f".{goal.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(draft, "x", encoding="utf-8", errors="replace", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, goal)
+    finally:
+        draft.unlink(missing_ok=True)

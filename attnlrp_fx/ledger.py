@@ -1,0 +1,193 @@
+"""The ledger: where relevance goes, node by node.
+
+For every node, Σ y·c_y = Σ_inputs x·c_x + absorbed, and over the graph the explained inputs'
+relevance and everything absorbed add up to the target's value. What a node absorbs is not taken as
+the difference where a law gives it: a rule on an affine op absorbs Σ f(0)·c, with f(0) the op's
+output at zero explained inputs, and nothing else. Only softmax, attention and plain gradients,
+which absorb by design, are entered by difference. So the sum closes only if every pullback obeys
+its law.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch import Tensor, fx
+
+from attnlrp_fx import ops
+from attnlrp_fx.operators import is_structural_op, product_of
+from attnlrp_fx.provenance import module_path, source_line
+from attnlrp_fx.pullbacks import Call
+from attnlrp_fx.quotients import intercept
+
+
+def node_sums(
+    relevance_op: ops.Op, call: Call, output: Any, c: Any, pulled: Sequence[Tensor | None]
+) -> Tensor:
+    """What one node receives, passes on and absorbs.
+
+    Returns:
+        float64 tensor (3,): Σ y·c_y, Σ x·c_x over the explained inputs, absorbed.
+    """
+    outputs, cs = (list(v) if isinstance(v, list | tuple) else [v] for v in (output, c))
+    received = sum_of(outputs, cs)
+    passed = sum_of(call.primals, pulled)
+    by_design = relevance_op in (ops.taylor, ops.gradient) or (
+        relevance_op is ops.attention and call.parameters.get("weights", 0.5) > 0
+    )
+    absorbed = received - passed if by_design else _absorbed(relevance_op, call, outputs, cs)
+    return torch.stack([received, passed, absorbed])
+
+
+def sum_of(values: Sequence[Tensor], coefficients: Sequence[Tensor | None]) -> Tensor:
+    """Σ x·c in float64; where c is zero the value does not count, infinite as it may be."""
+    total = torch.zeros((), dtype=torch.float64, device=values[0].device)
+    for x, c in zip(values, coefficients, strict=True):
+        if c is not None and x.is_floating_point():
+            total = total + torch.where(c == 0, 0.0, x * c).sum(dtype=torch.float64)
+    return total
+
+
+def _absorbed(
+    relevance_op: ops.Op, call: Call, outputs: Sequence[Tensor], cs: Sequence[Tensor]
+) -> Tensor:
+    """Σ f(0)·c, and what ε keeps."""
+    zero = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
+    epsilon = call.parameters.get("epsilon", 0.0)
+    if epsilon:
+        z, c = outputs[0], cs[0]
+        kept = c * z / (z + torch.where(z >= 0, epsilon, -epsilon))
+        return sum_of([z], [c - kept]) + _at_zero(relevance_op, call, [kept], zero)
+    return _at_zero(relevance_op, call, cs, zero)
+
+
+def _at_zero(relevance_op: ops.Op, call: Call, cs: Sequence[Tensor], zero: Tensor) -> Tensor:
+    """Σ f(0)·c of the op at zero explained inputs."""
+    product = product_of(call.op)
+    if product is not None:
+        terms = [call.args[p] for p in product.terms if p < len(call.args)]
+        terms = [call.kwargs.get("bias")] if "bias" in call.kwargs else terms
+        constant = [
+            t for t, p in zip(terms, product.terms, strict=False) if p not in call.positions
+        ]
+        if not any(isinstance(t, Tensor) for t in constant):
+            return zero
+    elif relevance_op is ops.identity:
+        return sum_of([intercept(call.function, call.primals[0])], cs)
+    elif relevance_op is ops.winner or is_structural_op(call.op):
+        return zero
+    output = call.function(*[torch.zeros_like(primal) for primal in call.primals])
+    outputs = list(output) if isinstance(output, list | tuple) else [output]
+    return sum_of(outputs, cs)
+
+
+def read_ledger(
+    nodes: Sequence[fx.Node],
+    sums: Tensor,
+    *,
+    target: float,
+    seeded: float,
+    inputs: dict[str, float],
+) -> "Ledger":
+    """A ledger from what a program returned.
+
+    Args:
+        nodes: the nodes that relevance passed through, in the program's order (reverse).
+        sums: (nodes, 3), as from `node_sums`.
+        target: the target's value.
+        seeded: Σ y·c over the seeded outputs; what a target that is not linear keeps is the rest.
+        inputs: relevance of each explained input.
+    """
+    kept = Entry("target", "seed", "", "", "target", target, seeded, target - seeded)
+    entries = [
+        Entry(
+            node.name,
+            node.meta["rule"],
+            module_path(node),
+            source_line(node),
+            node.meta["absorbs"],
+            *(float(value) for value in row),
+        )
+        for node, row in zip(nodes, sums.tolist(), strict=True)
+    ]
+    return Ledger(target, inputs, (*reversed(entries), kept))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One node's line in the ledger, summed over the batch."""
+
+    node: str
+    """Name of the node in the rewritten graph."""
+    rule: str
+    """The rule that stands there."""
+    module: str
+    """Path of the module that it was captured in."""
+    source: str
+    """The user's source line."""
+    reason: str
+    """Why the rule may absorb relevance."""
+    received: float
+    passed: float
+    absorbed: float
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Where the target's relevance went: inputs + absorbed = target (law 1)."""
+
+    target: float
+    """The explained value, summed over the batch."""
+    inputs: dict[str, float]
+    """Relevance of each explained input, summed over the batch and all of its elements."""
+    entries: tuple[Entry, ...]
+    """One entry a node that relevance passed through, in the graph's order."""
+
+    @property
+    def absorbed(self) -> float:
+        """Everything that did not reach an input."""
+        return sum(entry.absorbed for entry in self.entries)
+
+    @property
+    def residual(self) -> float:
+        """target − inputs − absorbed: zero to the precision of the arithmetic."""
+        return self.target - sum(self.inputs.values()) - self.absorbed
+
+    def by_reason(self) -> dict[str, float]:
+        """Absorbed relevance by reason, largest first."""
+        totals: dict[str, float] = {}
+        for entry in self.entries:
+            totals[entry.reason] = totals.get(entry.reason, 0.0) + entry.absorbed
+        return dict(sorted(totals.items(), key=lambda item: -abs(item[1])))
+
+    def largest(self, count: int = 10) -> list[Entry]:
+        """The entries that absorb most, largest first."""
+        absorbing = [entry for entry in self.entries if entry.absorbed]
+        return sorted(absorbing, key=lambda entry: -abs(entry.absorbed))[:count]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title=f"ledger: target {self.target:.6g}", title_justify="left")
+        for column in ("where", "rule", "why"):
+            table.add_column(column, overflow="fold")
+        for column in ("received", "passed on", "absorbed", "% of target"):
+            table.add_column(column, justify="right")
+        for name, value in self.inputs.items():
+            table.add_row(name, "", "input", f"{value:.5g}", "", "", self._percent(value))
+        table.add_section()
+        shown = self.largest()
+        for entry in shown:
+            where = f"{entry.module} {entry.node}".strip()
+            sums = (f"{v:.5g}" for v in (entry.received, entry.passed, entry.absorbed))
+            table.add_row(where, entry.rule, entry.reason, *sums, self._percent(entry.absorbed))
+        rest = self.absorbed - sum(entry.absorbed for entry in shown)
+        count = len(self.entries) - len(shown)
+        table.add_row(f"{count} others", "", "", "", "", f"{rest:.5g}", self._percent(rest))
+        table.add_section()
+        table.add_row("residual", "", "", "", "", f"{self.residual:.2g}", "")
+        yield table
+
+    def _percent(self, value: float) -> str:
+        return f"{100 * value / self.target:.1f}" if self.target else "-"

@@ -1,0 +1,217 @@
+"""What kind of function each ATen op is: the table from which rules are chosen.
+
+An op's kind says how its output depends on its *explained* inputs, the only ones that matter:
+
+- linear: jointly linear (affine with the constants) in all explained inputs together;
+- product: linear in each factor alone, so with one explained factor it is linear;
+- quotient: linear in the numerator;
+- activation: elementwise, one explained input;
+- softmax, attention, norm, reduction, selection: as named.
+
+The table is keyed by op packet (`aten.add` stands for all of its overloads). What is not here is
+decomposed by PyTorch where it knows how, and is an error where it does not.
+"""
+
+import operator
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+class Kind(StrEnum):
+    """How an op's output depends on its explained inputs."""
+
+    LINEAR = "linear"
+    PRODUCT = "product"
+    QUOTIENT = "quotient"
+    ACTIVATION = "activation"
+    SOFTMAX = "softmax"
+    ATTENTION = "attention"
+    NORM = "norm"
+    STATISTIC = "statistic"
+    REDUCTION = "reduction"
+    SELECTION = "selection"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Product:
+    """Positions of a product's arguments."""
+
+    factors: tuple[int, ...]
+    """The arguments that are multiplied with each other."""
+    terms: tuple[int, ...] = ()
+    """The arguments that are added to the product (a bias)."""
+
+
+VIEWS = ["alias", "contiguous", "detach_", "expand", "expand_as", "flatten", "lift_fresh_copy", "movedim", "narrow", "permute", "reshape", "select", "slice", "split", "split_with_sizes", "chunk", "squeeze", "swapaxes", "t", "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "_unsafe_view", "_reshape_alias", "view_as", "diagonal", "real", "imag", "view_as_real", "view_as_complex", "unsafe_split"]
+
+CASTS = ["_to_copy", "to", "type_as", "clone"]
+
+LINEAR = ["add", "sub", "rsub", "neg", "cat", "stack", "hstack", "vstack", "concat", "copy", "sum", "mean", "cumsum", "flip", "roll", "repeat", "repeat_interleave", "tile", "pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "index", "index_select", "gather", "take", "take_along_dim", "where", "masked_fill", "masked_scatter", "masked_select", "scatter", "scatter_add", "slice_scatter", "select_scatter", "diagonal_scatter", "index_put", "_unsafe_index", "_unsafe_index_put", "index_add", "index_copy", "tril", "triu", "diag_embed", "im2col", "col2im", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_upsample_nearest_exact2d", "grid_sampler", "grid_sampler_2d", "batch_norm", "_native_batch_norm_legit_no_training", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "fft_fft", "fft_ifft", "fft_fftn", "fft_ifftn", "fft_rfft", "fft_irfft", "fft_fft2", "complex", "polar", "conj", "_conj", "resolve_conj", "resolve_neg", "dropout", "feature_dropout", "nan_to_num", "trace", "rot90"]
+
+PRODUCTS = {
+    "mul": Product((0, 1)),
+    "matmul": Product((0, 1)),
+    "mm": Product((0, 1)),
+    "bmm": Product((0, 1)),
+    "mv": Product((0, 1)),
+    "dot": Product((0, 1)),
+    "linear": Product((0, 1), (2,)),
+    "addmm": Product((1, 2), (0,)),
+    "addbmm": Product((1, 2), (0,)),
+    "baddbmm": Product((1, 2), (0,)),
+    "addmv": Product((1, 2), (0,)),
+    "addcmul": Product((1, 2), (0,)),
+    "einsum": Product((1,)),
+    "conv1d": Product((0, 1), (2,)),
+    "conv2d": Product((0, 1), (2,)),
+    "conv3d": Product((0, 1), (2,)),
+    "convolution": Product((0, 1), (2,)),
+    "conv_transpose1d": Product((0, 1), (2,)),
+    "conv_transpose2d": Product((0, 1), (2,)),
+    "conv_transpose3d": Product((0, 1), (2,)),
+}
+
+ACTIVATIONS = ["abs", "acos", "asin", "asinh", "atan", "celu", "clamp", "clamp_max", "clamp_min", "cos", "cosh", "elu", "erf", "erfc", "exp", "exp2", "expm1", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log", "log10", "log1p", "log2", "log_sigmoid", "logit", "mish", "pow", "prelu", "reciprocal", "relu", "relu6", "rsqrt", "selu", "sigmoid", "silu", "sin", "sinh", "softplus", "softshrink", "softsign", "sqrt", "square", "tan", "tanh", "tanhshrink", "threshold"]
+
+SOFTMAX = ["softmax", "_softmax", "log_softmax", "_log_softmax"]
+
+NORMS = ["layer_norm", "group_norm", "rms_norm"]
+
+REDUCTIONS = ["var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "logsumexp", "prod", "cumprod", "logcumsumexp"]
+
+SELECTIONS = ["max", "min", "amax", "amin", "topk", "sort", "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool1d", "adaptive_max_pool2d", "kthvalue", "median", "cummax", "cummin"]
+
+ELEMENTWISE_SELECTIONS = ["maximum", "minimum", "fmax", "fmin"]
+"""Selections between two values; of one value and constants, they are activations."""
+
+SHAPE_ONLY = ["zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full", "new_empty", "detach", "sign", "floor", "ceil", "round", "trunc", "sgn", "heaviside", "bernoulli"]
+"""Ops whose derivative is zero everywhere: what they return is a constant."""
+
+ELEMENTWISE_LINEAR = ["add", "sub", "rsub", "neg", "mul", "div", "masked_fill", "where", "_to_copy", "to", "type_as", "clone"]
+"""Linear ops that an elementwise region may contain."""
+
+
+def _packets(names: Sequence[str]) -> frozenset[Any]:
+    return frozenset(getattr(aten, name) for name in names if hasattr(aten, name))
+
+
+_KINDS: dict[Any, Kind] = {
+    **dict.fromkeys(_packets(VIEWS), Kind.LINEAR),
+    **dict.fromkeys(_packets(CASTS), Kind.LINEAR),
+    **dict.fromkeys(_packets(LINEAR), Kind.LINEAR),
+    **dict.fromkeys(_packets(tuple(PRODUCTS)), Kind.PRODUCT),
+    **dict.fromkeys(_packets(["div"]), Kind.QUOTIENT),
+    **dict.fromkeys(_packets(ACTIVATIONS), Kind.ACTIVATION),
+    **dict.fromkeys(_packets(SOFTMAX), Kind.SOFTMAX),
+    **dict.fromkeys(_packets(["scaled_dot_product_attention"]), Kind.ATTENTION),
+    **dict.fromkeys(_packets(NORMS), Kind.NORM),
+    **dict.fromkeys(_packets(REDUCTIONS), Kind.REDUCTION),
+    **dict.fromkeys(_packets(SELECTIONS), Kind.SELECTION),
+    **dict.fromkeys(_packets(ELEMENTWISE_SELECTIONS), Kind.SELECTION),
+}
+_PRODUCTS = {getattr(aten, name): product for name, product in PRODUCTS.items()}
+_SHAPE_ONLY = _packets(SHAPE_ONLY)
+_ELEMENTWISE = _packets(ACTIVATIONS + ELEMENTWISE_LINEAR + ELEMENTWISE_SELECTIONS)
+_ELEMENTWISE_SELECTIONS = _packets(ELEMENTWISE_SELECTIONS)
+_STRUCTURAL = _packets(VIEWS + CASTS)
+_CASTS = _packets(CASTS)
+
+
+def packet(target: Any) -> Any:
+    """The op packet of an overload; anything else as it is."""
+    return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+
+
+def is_op(node: fx.Node, *names: str) -> bool:
+    """Whether a node calls one of the named ATen ops, whichever overload."""
+    return node.op == "call_function" and packet(node.target) in _packets(names)
+
+
+def is_known(op: Any) -> bool:
+    """Whether the table has an entry for an op, so that capture must keep it whole."""
+    return packet(op) in _KINDS or packet(op) in _SHAPE_ONLY
+
+
+def is_shape_only(node: fx.Node) -> bool:
+    """Whether a node's value has derivative zero with respect to every input."""
+    return packet(node.target) in _SHAPE_ONLY
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether a node computes each element of its output from the same element of its inputs."""
+    return node.op == "call_function" and packet(node.target) in _ELEMENTWISE
+
+
+def is_structural(node: fx.Node) -> bool:
+    """Whether a node only rearranges or casts its input."""
+    return node.op == "call_function" and is_structural_op(node.target)
+
+
+def is_structural_op(op: Any) -> bool:
+    """Whether an op only rearranges or casts its input."""
+    return packet(op) in _STRUCTURAL or op is operator.getitem
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether a node only copies or casts its input."""
+    return node.op == "call_function" and packet(node.target) in _CASTS
+
+
+def product_of(target: Any) -> Product | None:
+    """The argument positions of a product, None for every other op."""
+    return _PRODUCTS.get(packet(target))
+
+
+def leaves(argument: Any) -> Iterator[fx.Node]:
+    """The nodes in an argument, lists flattened, repeated ones repeated."""
+    if isinstance(argument, fx.Node):
+        yield argument
+    elif isinstance(argument, list | tuple):
+        for item in argument:
+            yield from leaves(item)
+    elif isinstance(argument, dict):
+        for item in argument.values():
+            yield from leaves(item)
+
+
+def explained_factors(node: fx.Node, explained: Set[fx.Node]) -> list[fx.Node]:
+    """The factors of a product that are explained, a factor that stands twice counted twice."""
+    product = product_of(node.target)
+    if product is None:
+        return []
+    positions = [p for p in product.factors if p < len(node.args)]
+    return [leaf for p in positions for leaf in leaves(node.args[p]) if leaf in explained]
+
+
+def kind_of(node: fx.Node, explained: Set[fx.Node]) -> Kind:
+    """The kind of a node, given which of its inputs are explained.
+
+    Args:
+        node: a call of an ATen op or of a relevance op.
+        explained: the nodes whose relevance is asked for, all of the node's inputs decided.
+    """
+    base = node.meta.get("kind") or _KINDS.get(packet(node.target), Kind.UNKNOWN)
+    count = sum(leaf in explained for leaf in leaves((node.args, node.kwargs)))
+    match base:
+        case Kind.PRODUCT if len(explained_factors(node, explained)) <= 1:
+            return Kind.LINEAR
+        case Kind.QUOTIENT:
+            numerator, denominator = (node.args[i] in explained for i in (0, 1))
+            if numerator and denominator:
+                return Kind.QUOTIENT
+            return Kind.LINEAR if numerator else Kind.ACTIVATION
+        case Kind.SELECTION if count == 1 and packet(node.target) in _ELEMENTWISE_SELECTIONS:
+            return Kind.ACTIVATION
+        case Kind.ACTIVATION if count > 1:
+            return Kind.UNKNOWN
+    if node.target is operator.getitem:
+        return Kind.LINEAR
+    return base

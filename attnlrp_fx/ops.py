@@ -1,0 +1,98 @@
+"""The ops of a rewritten graph.
+
+A rewritten graph is the model's graph in which every explained node says which rule stands there:
+
+    silu = ops.identity(aten.silu.default, gate)
+    mul  = ops.uniform(aten.mul.Tensor, silu, up)
+
+Each relevance op *is* the op that it wraps, so a rewritten graph runs and returns the model's
+outputs; what differs is how `attnlrp_fx.pullbacks` takes a coefficient through it. Keyword-only
+arguments are the rule's parameters. `source` and `statistic` are markers left by passes.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+
+Op = Callable[..., Any]
+
+
+def source(value: Tensor, *, name: str, ids: Tensor | None = None) -> Tensor:
+    """Mark a value whose relevance is asked for.
+
+    `name` is the model input that it stands for. For an embedding, `ids` are the indices that were
+    looked up: relevance summed over the features belongs to them.
+    """
+    return value
+
+
+def statistic(value: Tensor) -> Tensor:
+    """Mark the factor of a normalisation that is computed from the value it normalises."""
+    return value
+
+
+def linear(op: Op, *args: Any, epsilon: float = 0.0, **kwargs: Any) -> Any:
+    """ε rule: relevance in proportion to each input's contribution (eq. 8)."""
+    return op(*args, **kwargs)
+
+
+def uniform(op: Op, *args: Any, **kwargs: Any) -> Any:
+    """Uniform rule: each of N factors gets 1/N of the relevance (eqs. 14, 15)."""
+    return op(*args, **kwargs)
+
+
+def identity(op: Op, *args: Any, **kwargs: Any) -> Any:
+    """Identity rule: an activation hands on its relevance, f(0) apart (eq. 9)."""
+    return op(*args, **kwargs)
+
+
+def taylor(op: Op, *args: Any, **kwargs: Any) -> Any:
+    """Taylor rule: the op's own vector-Jacobian product (eq. 13 for softmax)."""
+    return op(*args, **kwargs)
+
+
+def winner(op: Op, *args: Any, **kwargs: Any) -> Any:
+    """Winner-takes-all: relevance goes to the element that was selected."""
+    return op(*args, **kwargs)
+
+
+def norm(op: Op, *args: Any, **kwargs: Any) -> Any:
+    """Normalisation whose statistic is held constant (eq. 19)."""
+    return op(*args, **kwargs)
+
+
+def attention(op: Op, *args: Any, weights: float = 0.5, **kwargs: Any) -> Any:
+    """Attention: `weights` of the relevance to query and key in equal parts, the rest to value."""
+    return op(*args, **kwargs)
+
+
+def gradient(op: Op, *args: Any, **kwargs: Any) -> Any:
+    """Plain gradient: Gradient×Input, no relevance rule."""
+    return op(*args, **kwargs)
+
+
+RELEVANCE_OPS: tuple[Op, ...] = (
+    linear,
+    uniform,
+    identity,
+    taylor,
+    winner,
+    norm,
+    attention,
+    gradient,
+)
+"""The ops that carry a coefficient from their output to their inputs."""
+
+
+RULE_PARAMETERS: dict[Op, tuple[str, ...]] = {linear: ("epsilon",), attention: ("weights",)}
+"""The keyword arguments of a relevance op that belong to the rule."""
+
+
+def is_explained(node: fx.Node) -> bool:
+    """Whether a node of a rewritten graph carries relevance."""
+    if node.target is operator.getitem:
+        value = node.meta["val"]
+        return is_explained(node.args[0]) and (value.is_floating_point() or value.is_complex())
+    return node.target is source or node.target in RELEVANCE_OPS

@@ -1,0 +1,62 @@
+"""Where a node comes from: module path, module class and the user's own source line."""
+
+import re
+
+import torch
+from torch import fx
+
+_FRAME = re.compile(
+    r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>.*)'
+)
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that a node was captured in, '' for the root."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    return _readable(path)
+
+
+def module_class(node: fx.Node) -> str:
+    """The class name of the innermost module that a node was captured in, '' if unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    owner = list(stack.values())[-1][1]
+    name = owner if isinstance(owner, str) else owner.__qualname__
+    return name.rsplit(".", 1)[-1]
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of the user's code that produced a node, as 'file:line: code'."""
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    if not frames:
+        return ""
+    frame = frames[-1]
+    return f"{frame['file']}:{frame['line']}: {frame['code'].strip()}"
+
+
+def describe(node: fx.Node) -> str:
+    """One line that tells a person which node is meant."""
+    parts = [f"node '{node.name}' ({target_name(node.target)})"]
+    path = module_path(node)
+    parts += [f"in {path} ({module_class(node)})"] if path else []
+    line = source_line(node)
+    parts += [f"at {line}"] if line else []
+    return " ".join(parts)
+
+
+def target_name(target: object) -> str:
+    """The name of a node's target as the user knows it: 'aten.silu.default', 'operator.getitem'."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    if callable(target):
+        return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
+    return str(target)
+
+
+def _readable(path: str) -> str:
+    """The path as the user writes it: export calls the root 'L['self']' and keeps '._modules[..]'."""
+    path = re.sub(r"L\['self'\]\.?", "", path)
+    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
+    return path.lstrip(".")

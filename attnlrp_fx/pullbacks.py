@@ -1,0 +1,195 @@
+"""The table relevance op → pullback, the whole of the calculus.
+
+Every explained value x carries a coefficient c of its shape; its relevance is R = x·c. A pullback
+takes the coefficient of an op's output to the coefficients of its explained inputs. Each entry
+computes the op's output and returns it with its pullback; nothing here divides by an output, and
+nothing detaches, so the traced program has the true derivative everywhere. Equation numbers are
+those of Achtibat et al. 2024 (arXiv 2402.05602).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnlrp_fx import ops
+from attnlrp_fx.operators import aten, packet
+from attnlrp_fx.quotients import quotient
+
+Pullback = Callable[[Any], Sequence[Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op, seen as a function of its explained inputs alone."""
+
+    op: ops.Op
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    primals: tuple[Tensor, ...]
+    """The explained inputs' values, one for each place where one stands."""
+    positions: tuple[int | str, ...]
+    """The argument in which each of them stands."""
+    function: Callable[..., Any]
+    """primals → the op's output."""
+    factors: int
+    """How many of the primals are factors of a product."""
+    is_factor: tuple[bool, ...]
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """The rule's parameters."""
+
+
+def vjp(call: Call) -> tuple[Any, Pullback]:
+    """The op's own vector-Jacobian product, of that op alone."""
+    output, pull = torch.func.vjp(call.function, *call.primals)[:2]
+    return output, pull
+
+
+def _linear(call: Call) -> tuple[Any, Pullback]:
+    """c_x = Wᵀ c (eq. 8), with ε: Wᵀ (c z / (z + ε sign z))."""
+    z, pull = vjp(call)
+    epsilon = call.parameters.get("epsilon", 0.0)
+    if not epsilon:
+        return z, pull
+    return z, lambda c: pull(c * z / (z + torch.where(z >= 0, epsilon, -epsilon)))
+
+
+def _uniform(call: Call) -> tuple[Any, Pullback]:
+    """c_i = vjp_i(c) / N for N factors (eqs. 14, 15); an added term keeps its whole vjp."""
+    output, pull = vjp(call)
+
+    def pullback(c: Any) -> list[Tensor | None]:
+        pulled = zip(pull(c), call.is_factor, strict=True)
+        return [g / call.factors if is_factor else g for g, is_factor in pulled]
+
+    return output, pullback
+
+
+def _identity(call: Call) -> tuple[Any, Pullback]:
+    """c_x = c (f(x) − f(0)) / x (eq. 9), by a closed form wherever there is one."""
+    output, factor = quotient(call.function, call.op, call.args, call.kwargs, call.primals[0])
+    return output, lambda c: [c * factor()]
+
+
+def _norm(call: Call) -> tuple[Any, Pullback]:
+    """The statistic is a constant, the rest linear (eq. 19)."""
+    return _NORMS[packet(call.op)](*call.args, **call.kwargs)
+
+
+def _layer_norm(
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> tuple[Tensor, Pullback]:
+    """y = w (x − μ)/σ + b with σ constant: c_x = P(w c)/σ, P removing the mean."""
+    output, _, inverse_deviation = torch.native_layer_norm(x, shape, weight, bias, eps)
+    dims = tuple(range(-len(shape), 0))
+
+    def pullback(c: Tensor) -> list[Tensor]:
+        scaled = c if weight is None else c * weight
+        centred = scaled - scaled.mean(dims, keepdim=True)
+        return [centred * inverse_deviation.to(c.dtype)]
+
+    return output, pullback
+
+
+def _group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> tuple[Tensor, Pullback]:
+    """As layer norm, over the channels and positions of each group."""
+    batch, channels = x.shape[:2]
+    positions = x[0, 0].numel()
+    output, _, inverse_deviation = torch.native_group_norm(
+        x.contiguous(), weight, bias, batch, channels, positions, groups, eps
+    )
+
+    def pullback(c: Tensor) -> list[Tensor]:
+        per_channel = (1, channels) + (1,) * (x.dim() - 2)
+        scaled = c if weight is None else c * weight.reshape(per_channel)
+        grouped = scaled.reshape(batch, groups, -1)
+        centred = grouped - grouped.mean(-1, keepdim=True)
+        return [(centred * inverse_deviation.unsqueeze(-1).to(c.dtype)).reshape(x.shape)]
+
+    return output, pullback
+
+
+def _rms_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> tuple[Tensor, Pullback]:
+    """y = w x / rms(x) with the root mean square constant: c_x = w c / rms(x)."""
+    dims = tuple(range(-len(shape), 0))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    inverse = torch.rsqrt(x.float().square().mean(dims, keepdim=True) + eps).to(x.dtype)
+    if x.dtype == torch.float64:
+        inverse = torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
+    scale = inverse if weight is None else inverse * weight
+    return x * scale, lambda c: [c * scale]
+
+
+_NORMS: dict[Any, Callable[..., tuple[Tensor, Pullback]]] = {
+    aten.layer_norm: _layer_norm,
+    aten.group_norm: _group_norm,
+    aten.rms_norm: _rms_norm,
+}
+
+
+def _attention(call: Call) -> tuple[Any, Pullback]:
+    """vjp with shares: value (1 − w), query and key w/2 each (eqs. 13 and 15, chained).
+
+    An operand that is not explained leaves its share to the others, as in the chain.
+    """
+    shares = attention_shares(call.positions, call.parameters.get("weights", 0.5))
+    output, pull = torch.func.vjp(_with_constants(call, shares), *_explained(call, shares))
+
+    def pullback(c: Tensor) -> list[Tensor | None]:
+        pulled = iter(pull(c))
+        return [next(pulled) * share if share else None for share in shares]
+
+    return output, pullback
+
+
+def attention_shares(positions: Sequence[int | str], weights: float) -> list[float]:
+    """The share of each explained operand of an attention (0 query, 1 key, 2 value)."""
+    value = positions.count(2) + positions.count("value")
+    query_key = len(positions) - value
+    if not query_key:
+        return [1.0] * value
+    weights = weights if value else 1.0 if weights else 0.0
+    return [1 - weights if p in (2, "value") else weights / query_key for p in positions]
+
+
+def _explained(call: Call, shares: Sequence[float]) -> list[Tensor]:
+    return [primal for primal, share in zip(call.primals, shares, strict=True) if share]
+
+
+def _with_constants(call: Call, shares: Sequence[float]) -> Callable[..., Any]:
+    """The call as a function of the operands that have a share, the others held constant."""
+
+    def function(*explained: Tensor) -> Any:
+        given = iter(explained)
+        operands = zip(call.primals, shares, strict=True)
+        return call.function(*[next(given) if share else primal for primal, share in operands])
+
+    return function
+
+
+PULLBACKS: dict[Any, Callable[[Call], tuple[Any, Pullback]]] = {
+    ops.linear: _linear,
+    ops.uniform: _uniform,
+    ops.identity: _identity,
+    ops.taylor: vjp,
+    ops.winner: vjp,
+    ops.norm: _norm,
+    ops.attention: _attention,
+    ops.gradient: vjp,
+}

@@ -1,0 +1,178 @@
+"""The identity rule's factor (f(x) − f(0)) / x of an elementwise function, without dividing.
+
+An activation is a graph of elementwise ops over one input x. Values that are x times something
+are carried as that something, q with value = x·q, through the graph:
+
+    x → 1;  a·b → q_a·b;  a ± b → q_a ± q_b;  aⁿ → q_a·aⁿ⁻¹;  f(a) → q_a·(f(a)/a)
+
+where f(a)/a has a closed form (SiLU: σ(a), GELU: Φ(a), ReLU: step(a), ...). So NewGELU, QuickGELU,
+Mish, ReLU² and their like have a closed form by composition. Where the output is not divisible by
+x in this way (sigmoid, softplus, exp: f(0) ≠ 0) the factor is the difference quotient, and its
+midpoint derivative f'(x/2) where the difference would cancel.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from attnlrp_fx.operators import aten, packet
+
+Factor = Callable[[], Tensor]
+
+
+def quotient(
+    function: Callable[[Tensor], Tensor],
+    op: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    x: Tensor,
+) -> tuple[Tensor, Factor]:
+    """The output of y = f(x) and a function that computes (f(x) − f(0)) / x.
+
+    Args:
+        function: f, elementwise, any shape and floating dtype.
+        op: the ATen op that f calls, or the graph of an elementwise region.
+        args: the op's arguments, x among them.
+        kwargs: the op's keyword arguments.
+        x: the explained input.
+    """
+    output = function(x)
+    if isinstance(op, fx.GraphModule):
+        divisible = _Divisible(op, x).run(*args)
+        closed = divisible.quotient if isinstance(divisible, _Value) else None
+    else:
+        marked = tuple(_Value(x, torch.ones_like) if arg is x else arg for arg in args)
+        closed = _closed_form(op, marked, kwargs, output)
+    if closed is not None:
+        return output, lambda: closed(x)
+    return output, lambda: difference_quotient(function, x, output)
+
+
+def difference_quotient(function: Callable[[Tensor], Tensor], x: Tensor, output: Tensor) -> Tensor:
+    """(f(x) − f(0)) / x, and f'(x/2), which differs by O(x²), where x is small.
+
+    The switch lies where the error of both is least, at the cube root of the dtype's precision.
+    """
+    small = x.abs() < torch.finfo(x.dtype).eps ** (1 / 3)
+    difference = (output - intercept(function, x)) / torch.where(small, 1.0, x)
+    _, pull = torch.func.vjp(function, x / 2)
+    return torch.where(small, pull(torch.ones_like(x))[0], difference)
+
+
+def intercept(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """f(0) in the shape of x; where f is singular at 0 (1/x, log x) it has no intercept, 0."""
+    at_zero = function(torch.zeros_like(x))
+    return torch.where(torch.isfinite(at_zero), at_zero, 0.0)
+
+
+class _Value:
+    """A tensor that equals x times `quotient(x)`."""
+
+    def __init__(self, value: Tensor, quotient: Callable[[Tensor], Tensor]) -> None:
+        self.value = value
+        self.quotient = quotient
+
+
+class _Divisible(fx.Interpreter):
+    """Runs an elementwise region, carrying the quotients of what is divisible by its input."""
+
+    def __init__(self, region: fx.GraphModule, x: Tensor) -> None:
+        super().__init__(region)
+        self.x = x
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().placeholder(target, args, kwargs)
+        return _Value(value, torch.ones_like) if value is self.x else value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        plain = fx.node.map_aggregate(args, _plain)
+        output = super().call_function(target, plain, kwargs)  # type: ignore[arg-type]
+        closed = _closed_form(target, args, kwargs, output)
+        return output if closed is None else _Value(output, closed)
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, _Value) else value
+
+
+def _closed_form(
+    op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Callable[[Tensor], Tensor] | None:
+    """output / x of one op whose divisible arguments are `_Value`s; None where it has none."""
+    name = packet(op)
+    divisible = [isinstance(arg, _Value) for arg in args]
+    if not any(divisible):
+        return None
+    first = args[0]
+    if name in _FACTORS and divisible[0]:
+        return lambda x: first.quotient(x) * _FACTORS[name](first.value, *args[1:], **kwargs)
+    rest = [_plain(arg) for arg in args[1:]]
+    match str(name).removeprefix("aten."):
+        case "mul" if divisible[0]:
+            return lambda x: first.quotient(x) * rest[0]
+        case "mul":
+            return lambda x: first * args[1].quotient(x)
+        case "div" if divisible[0] and not kwargs.get("rounding_mode"):
+            return lambda x: first.quotient(x) / rest[0]
+        case "add" | "sub" if all(divisible[:2]):
+            sign = (1 if name is aten.add else -1) * kwargs.get("alpha", 1)
+            return lambda x: first.quotient(x) + sign * args[1].quotient(x)
+        case "neg":
+            return lambda x: -first.quotient(x)
+        case "pow" if divisible[0] and isinstance(rest[0], int | float) and rest[0] >= 1:
+            return lambda x: first.quotient(x) * first.value ** (rest[0] - 1)
+        case "square":
+            return lambda x: first.quotient(x) * first.value
+        case "_to_copy" | "to" | "clone":
+            return lambda x: first.quotient(x).to(output.dtype)
+    return None
+
+
+def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """Φ(x), or ½(1 + tanh(√(2/π)(x + 0.044715 x³)))."""
+    if approximate == "tanh":
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+
+
+def _leaky(x: Tensor, slope: float = 0.01) -> Tensor:
+    return torch.where(x > 0, 1.0, slope).to(x.dtype)
+
+
+def _divided(function: Callable[[Tensor], Tensor], slope: float) -> Callable[[Tensor], Tensor]:
+    """f(x)/x of a function with f(0) = 0 that is exact to relative precision near 0."""
+    return lambda x: torch.where(x == 0, slope, function(x) / torch.where(x == 0, 1.0, x))
+
+
+_FACTORS: dict[Any, Callable[..., Tensor]] = {
+    aten.relu: lambda x: (x > 0).to(x.dtype),
+    aten.silu: torch.sigmoid,
+    aten.gelu: _gelu,
+    aten.mish: lambda x: torch.tanh(F.softplus(x)),
+    aten.leaky_relu: _leaky,
+    aten.prelu: lambda x, w: torch.where(x > 0, 1.0, w.reshape((-1,) + (1,) * (x.dim() - 2))),
+    aten.hardswish: lambda x: F.relu6(x + 3) / 6,
+    aten.abs: torch.sign,
+    aten.tanh: _divided(torch.tanh, 1.0),
+    aten.sin: _divided(torch.sin, 1.0),
+    aten.erf: _divided(torch.erf, 2 / math.sqrt(math.pi)),
+    aten.expm1: _divided(torch.expm1, 1.0),
+    aten.log1p: _divided(torch.log1p, 1.0),
+    aten.atan: _divided(torch.atan, 1.0),
+    aten.elu: lambda x, alpha=1.0, scale=1.0, input_scale=1.0: (
+        scale
+        * torch.where(
+            x > 0,
+            1.0,
+            alpha * _divided(torch.expm1, 1.0)(x.clamp(max=0) * input_scale) * input_scale,
+        )
+    ),
+    aten.reciprocal: lambda x: x**-2,
+    aten.rsqrt: lambda x: x**-1.5,
+    aten.log: lambda x: torch.log(x) / x,
+}
+"""Closed forms of f(x)/x, for functions with f(0) = 0 and for those singular at 0."""

@@ -1,0 +1,275 @@
+"""Targets: the scalar of each row that is explained.
+
+A target maps the model's outputs to one value a row. The program is seeded with the value's
+gradient with respect to the outputs; for a logit that is 1 at the logit. Nothing about a target is
+compiled: another index, position or kind of target runs the same program.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from attnlrp_fx.errors import TargetError
+
+Index = int | Sequence[int] | Tensor | None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a target may look at."""
+
+    named: Mapping[str, Tensor]
+    """The model's floating outputs by name, batch first."""
+    tree: Any
+    """The model's own output object."""
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    """The inputs whose names end in "attention_mask"."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A target evaluated on outputs."""
+
+    value: Tensor
+    """(batch,): the explained values, differentiable with respect to the outputs."""
+    index: Tensor | None = None
+    """(batch,) int64: the class or token explained, where there is one."""
+
+
+@runtime_checkable
+class Target(Protocol):
+    """What can be explained."""
+
+    def choose(self, outputs: Outputs) -> Chosen:
+        """Evaluate the target; raises TargetError if the outputs do not have it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Logit:
+    """One logit a row.
+
+    Args:
+        index: class or token; one for all rows, or one per row; None: the highest.
+        position: sequence position for outputs (batch, sequence, classes); negative counts from
+            the end; one for all rows, or one per row; None: the last one that the attention mask
+            does not exclude.
+        output: name of the output; None: "logits", or start plus end logits of a question
+            answering model, or the only floating output.
+
+    Example:
+        >>> from attnlrp_fx import Logit
+        >>> Logit(5)
+        Logit(index=5, position=None, output=None)
+    """
+
+    index: Index = None
+    position: Index = None
+    output: str | None = None
+
+    def choose(self, outputs: Outputs) -> Chosen:
+        """The logits, float32 or better."""
+        spans = _span_outputs(outputs) if self.output is None and self.index is None else []
+        if spans:
+            parts = [Logit(None, self.position, name).choose(outputs) for name in spans]
+            return Chosen(torch.stack([part.value for part in parts]).sum(0))
+        scores = _scores(outputs, self.output, self.position)
+        index = _indices(self.index, scores, "index")
+        return Chosen(scores.gather(1, index[:, None])[:, 0], index)
+
+    def __str__(self) -> str:
+        return "highest logit" if self.index is None else "logit"
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A logit against others: +1 on `index`, −1 on `against`, −1/N each on several.
+
+    Args:
+        index: as in `Logit`.
+        against: a class or token, several, or None for all others.
+        position: as in `Logit`.
+        output: as in `Logit`.
+    """
+
+    index: Index = None
+    against: int | Sequence[int] | None = None
+    position: Index = None
+    output: str | None = None
+
+    def choose(self, outputs: Outputs) -> Chosen:
+        """logit − mean of the others, float32 or better."""
+        scores = _scores(outputs, self.output, self.position)
+        index = _indices(self.index, scores, "index")
+        wanted = scores.gather(1, index[:, None])[:, 0]
+        classes = scores.shape[1]
+        if self.against is None:
+            if classes < 2:
+                raise TargetError("there is nothing to contrast with: the output has one class")
+            return Chosen(wanted - (scores.sum(1) - wanted) / (classes - 1), index)
+        others = [self.against] if isinstance(self.against, int) else list(self.against)
+        if not others:
+            raise TargetError("'against' is empty", remedy="name classes, or None for all others")
+        columns = [_indices(other, scores, "against") for other in others]
+        against = scores.gather(1, torch.stack(columns, 1))
+        return Chosen(wanted - against.mean(1), index)
+
+    def __str__(self) -> str:
+        return "logit in contrast"
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """The log-probability of a class or token; arguments as in `Logit`."""
+
+    index: Index = None
+    position: Index = None
+    output: str | None = None
+
+    def choose(self, outputs: Outputs) -> Chosen:
+        """log softmax of the scores at the index, float32 or better."""
+        scores = _scores(outputs, self.output, self.position)
+        index = _indices(self.index, scores, "index")
+        return Chosen(scores.log_softmax(1).gather(1, index[:, None])[:, 0], index)
+
+    def __str__(self) -> str:
+        return "log-probability"
+
+
+@dataclass(frozen=True)
+class Custom:
+    """A user's function of the model's outputs.
+
+    Args:
+        function: takes the model's output object, returns (batch,); it is differentiated.
+    """
+
+    function: Callable[[Any], Tensor]
+
+    def choose(self, outputs: Outputs) -> Chosen:
+        """The function's values."""
+        value = self.function(outputs.tree)
+        batch = next(iter(outputs.named.values())).shape[0]
+        if not isinstance(value, Tensor) or value.shape != (batch,):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise TargetError(
+                "the target function must return one value a row",
+                where=getattr(self.function, "__name__", "target"),
+                why=f"expected a tensor of shape ({batch},), got {got}",
+            )
+        return Chosen(value)
+
+    def __str__(self) -> str:
+        return getattr(self.function, "__name__", "function of the outputs")
+
+
+TargetLike = Target | Callable[[Any], Tensor] | int | None
+
+
+def as_target(target: TargetLike) -> Target:
+    """A target from what users pass: a target, a function, an index, or None for the highest.
+
+    Raises:
+        TargetError: it is none of these.
+    """
+    if target is None or isinstance(target, int):
+        return Logit(target)
+    if isinstance(target, Target):
+        return target
+    if callable(target):
+        return Custom(target)
+    raise TargetError(
+        f"a target cannot be made from a {type(target).__name__}",
+        remedy="pass Logit, Contrast, LogProb, an index, or a function of the model's outputs",
+    )
+
+
+def _span_outputs(outputs: Outputs) -> list[str]:
+    """Start and end logits, if that is what the model returns."""
+    names = [name for name in ("start_logits", "end_logits") if name in outputs.named]
+    return names if "logits" not in outputs.named and len(names) == 2 else []
+
+
+def _scores(outputs: Outputs, name: str | None, position: Index) -> Tensor:
+    """The (batch, classes) scores of one output, float32 or better.
+
+    Sequences are read at a position; outputs with more dimensions (maps) are flattened.
+    """
+    named = outputs.named
+    if name is None:
+        name = "logits" if "logits" in named else next(iter(named), None)
+    if name is None or name not in named:
+        raise TargetError(
+            f"the model has no floating output '{name}'",
+            remedy=f"choose output= from: {', '.join(named) or 'nothing'}",
+        )
+    scores = named[name]
+    if scores.dim() == 0:
+        raise TargetError(f"output '{name}' is a single number, it has no rows")
+    if scores.dim() == 1:
+        scores = scores[:, None]
+    elif scores.dim() == 3:
+        rows = torch.arange(scores.shape[0], device=scores.device)
+        scores = scores[rows, _positions(position, scores, outputs.masks)]
+    elif scores.dim() > 3:
+        scores = scores.flatten(1)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def _positions(position: Index, scores: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+    """(batch,) positions in a (batch, sequence, classes) output."""
+    if position is not None:
+        return _checked(position, scores.shape[0], scores.shape[1], "position", scores.device)
+    mask = _mask_of(scores, masks)
+    length = scores.shape[1]
+    if mask is None:
+        return torch.full((scores.shape[0],), length - 1, device=scores.device)
+    if scores.device.type != "meta" and not bool(mask.any(1).all()):
+        raise TargetError(
+            "a row of the attention mask is all zero",
+            why="its last token, which would be explained, does not exist",
+            remedy="drop the row, or name a position",
+        )
+    steps = torch.arange(1, length + 1, device=scores.device)
+    return (steps * (mask != 0)).argmax(1)
+
+
+def _mask_of(scores: Tensor, masks: Mapping[str, Tensor]) -> Tensor | None:
+    """The mask of the sequence that the scores belong to: the decoder's, where there is one."""
+    decoding = [name for name in masks if name.startswith("decoder")]
+    for name in decoding or masks:
+        if masks[name].shape == scores.shape[:2]:
+            return masks[name].to(scores.device)
+    return None
+
+
+def _indices(index: Index, scores: Tensor, name: str) -> Tensor:
+    """(batch,) class indices; None means the highest score."""
+    if index is None:
+        return scores.argmax(1)
+    return _checked(index, scores.shape[0], scores.shape[1], name, scores.device)
+
+
+def _checked(value: Index, batch: int, size: int, name: str, device: torch.device) -> Tensor:
+    """One index a row, in range."""
+    given = torch.as_tensor(value, device=device)
+    if given.is_floating_point() or given.dtype == torch.bool:
+        raise TargetError(f"{name} must be an integer, got {given.dtype}")
+    if given.dim() == 0:
+        given = given.expand(batch)
+    if given.shape != (batch,):
+        raise TargetError(
+            f"{name} has shape {tuple(given.shape)}",
+            why=f"the batch has {batch} rows",
+            remedy="pass one number for all rows, or one per row",
+        )
+    outside = (given < -size) | (given >= size)
+    if device.type != "meta" and bool(outside.any()):
+        raise TargetError(
+            f"{name} {int(given[outside][0])} is out of range",
+            why=f"the output has {size} there, so it must lie in [{-size}, {size - 1}]",
+        )
+    return torch.where(given < 0, given + size, given).to(torch.int64)

@@ -1,0 +1,105 @@
+"""From token indices to what was looked up, and relevance back.
+
+Integer inputs have no relevance of their own: the explained value is what they look up in a table
+(an embedding), and its relevance, summed over features, belongs to the index. On the way from the
+input to the look-up, indices may be reshaped, cast, sliced, shifted into place or padded; each of
+those ops moves or drops an index and never mixes two, so relevance goes back by the same moves.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnlrp_fx.operators import aten, is_op, is_structural
+
+MOVES = ["cat", "stack", "where", "masked_fill", "slice_scatter", "select_scatter", "flip", "roll", "repeat", "copy"]
+SHIFTS = ["add", "sub", "clamp", "clamp_min", "clamp_max"]
+"""Ops that change an index by a constant and leave it in its place."""
+
+
+def table_and_indices(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The table and the indices of a look-up (embedding, or a table indexed by rows), or None."""
+    if is_op(node, "embedding"):
+        return node.args[0], node.args[1]  # type: ignore[return-value]
+    if is_op(node, "index") and len(node.args[1]) == 1:  # type: ignore[arg-type]
+        return node.args[0], node.args[1][0]  # type: ignore[index,return-value]
+    if is_op(node, "index_select") and node.args[1] == 0:
+        return node.args[0], node.args[2]  # type: ignore[return-value]
+    return None
+
+
+def origin(indices: fx.Node) -> fx.Node | None:
+    """The input whose own elements a tensor of indices holds, None if it was computed."""
+    seen = indices
+    while seen.op != "placeholder":
+        moved = moved_inputs(seen)
+        if not moved:
+            return None
+        origins = {found for leaf in moved if (found := origin(leaf)) is not None}
+        return origins.pop() if len(origins) == 1 else None
+    return seen
+
+
+def moved_inputs(node: fx.Node) -> list[fx.Node]:
+    """The integer tensors whose elements a node moves to its output."""
+    if is_structural(node) or is_op(node, *SHIFTS):
+        candidates: list[Any] = [node.args[0]]
+        if is_op(node, *SHIFTS) and any(_is_tensor(arg) for arg in node.args[1:]):
+            return []
+    elif is_op(node, "where"):
+        candidates = list(node.args[1:])
+    elif is_op(node, "cat", "stack"):
+        candidates = list(node.args[0])  # type: ignore[arg-type]
+    elif is_op(node, *MOVES):
+        candidates = list(node.args[:2])
+    else:
+        return []
+    return [leaf for leaf in candidates if _is_tensor(leaf) and not _is_floating(leaf)]
+
+
+def carry(
+    node: fx.Node, relevance: Tensor, env: Mapping[fx.Node, Any]
+) -> Iterator[tuple[fx.Node, Tensor]]:
+    """Take relevance of moved indices to the tensors that they came from.
+
+    Args:
+        node: the op that moved them.
+        relevance: of its output, floating, in the output's shape.
+        env: the values of all nodes.
+
+    Yields:
+        Each moved input that leads to a model input, and its relevance in its shape.
+    """
+    inputs = [leaf for leaf in moved_inputs(node) if origin(leaf) is not None]
+    if is_op(node, *SHIFTS, "_to_copy", "to", "type_as"):
+        yield inputs[0], relevance
+        return
+
+    def move(*values: Tensor) -> Tensor:
+        given = dict(zip(inputs, values, strict=True))
+
+        def value(leaf: fx.Node) -> Any:
+            found = given.get(leaf, env[leaf])
+            is_index = isinstance(found, Tensor) and found.dtype in (torch.int64, torch.int32)
+            moves_it = leaf in moved_inputs(node)
+            return found.to(relevance.dtype) if is_index and moves_it else found
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    shadows = [env[leaf].to(relevance.dtype) for leaf in inputs]
+    _, pull = torch.func.vjp(move, *shadows)
+    yield from zip(inputs, pull(relevance), strict=True)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)
+
+
+def _is_floating(node: fx.Node) -> bool:
+    return node.meta["val"].is_floating_point()
+
+
+__all__ = ["aten", "carry", "moved_inputs", "origin", "table_and_indices"]

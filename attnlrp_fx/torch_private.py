@@ -1,0 +1,43 @@
+"""The one place where PyTorch's private API is used.
+
+- `unlike_symbols`: export gives two dimensions of equal example size one symbol ("duck shapes"),
+  which would tie the batch to whatever else has its size; only a private setting turns that off.
+- `inductor`: compiling a graph that nobody will differentiate, with the symbols of its own
+  placeholders, needs `standalone_compile`, exported from `torch._inductor` without documentation.
+- `fake_mode_of`: the fake-tensor mode of a captured graph, in which it is traced again, so that
+  both share their symbols.
+
+`tests/test_torch_private.py` uses each of them, so that an upgrade fails loudly.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.fx.experimental._config as symbolic_shapes_config
+from torch import fx
+from torch._inductor import standalone_compile
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+
+@contextmanager
+def unlike_symbols() -> Iterator[None]:
+    """Give every dynamic dimension a symbol of its own while a model is captured."""
+    with symbolic_shapes_config.patch(use_duck_shape=False):
+        yield
+
+
+def fake_mode_of(graph_module: fx.GraphModule) -> FakeTensorMode:
+    """The fake-tensor mode that a captured graph's values belong to."""
+    for node in graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise ValueError("the graph has no fake values: it was not captured by torch.export")
+
+
+def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compile a graph of ATen ops with Inductor, dynamic where its placeholders are symbolic."""
+    with torch.no_grad():
+        return standalone_compile(graph_module, list(inputs), dynamic_shapes="from_graph")

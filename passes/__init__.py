@@ -1,0 +1,72 @@
+"""The passes, one a file, and the pipeline, one ordered tuple.
+
+A user passes a longer tuple to `attnlrp_fx.compile(..., passes=(*PIPELINE[:-1], mine, PIPELINE[-1]))`.
+"""
+
+from torch import fx
+
+from attnlrp_fx.errors import PassError
+from attnlrp_fx.passes.assign_rules import assign_rules
+from attnlrp_fx.passes.base import Pass, PassContext, PassResult
+from attnlrp_fx.passes.drop_assertions import drop_assertions
+from attnlrp_fx.passes.drop_identities import drop_identities
+from attnlrp_fx.passes.lower_copies import lower_copies
+from attnlrp_fx.passes.mark_sources import mark_sources
+from attnlrp_fx.passes.raise_activations import raise_activations
+from attnlrp_fx.passes.raise_attention import raise_attention
+from attnlrp_fx.passes.raise_norms import raise_norms
+
+NORMALISE: tuple[Pass, ...] = (drop_assertions, lower_copies, drop_identities)
+"""Passes that leave the graph's meaning unchanged."""
+
+RAISE: tuple[Pass, ...] = (mark_sources, raise_attention, raise_norms, raise_activations)
+"""Passes that recognise what was decomposed."""
+
+PIPELINE: tuple[Pass, ...] = (*NORMALISE, *RAISE, assign_rules)
+"""The default pipeline, in order."""
+
+
+def run_passes(
+    graph_module: fx.GraphModule, context: PassContext, passes: tuple[Pass, ...] = PIPELINE
+) -> list[PassResult]:
+    """Run passes in order on a graph, in place, verifying it after each.
+
+    Raises:
+        PassError: a pass left an invalid graph behind.
+    """
+    results = []
+    for run in passes:
+        results.append(run(graph_module, context))
+        verify(graph_module, results[-1].name)
+    return results
+
+
+def verify(graph_module: fx.GraphModule, name: str) -> None:
+    """Check a graph after a pass: it lints, and every tensor still knows its shape and dtype."""
+    try:
+        graph_module.graph.lint()
+    except RuntimeError as error:
+        raise PassError(f"pass '{name}' left an invalid graph", why=str(error)) from error
+    for node in graph_module.graph.nodes:
+        if node.op in ("call_function", "placeholder") and "val" not in node.meta:
+            raise PassError(f"pass '{name}' left node '{node.name}' without meta['val']")
+
+
+__all__ = [
+    "NORMALISE",
+    "PIPELINE",
+    "RAISE",
+    "Pass",
+    "PassContext",
+    "PassResult",
+    "assign_rules",
+    "drop_assertions",
+    "drop_identities",
+    "lower_copies",
+    "mark_sources",
+    "raise_activations",
+    "raise_attention",
+    "raise_norms",
+    "run_passes",
+    "verify",
+]

@@ -1,0 +1,116 @@
+"""Give every explained node exactly one rule, and write it into the graph.
+
+    y = aten.op(*args)  →  y = ops.rule(aten.op, *args, **parameters)
+
+Nodes are visited in order, so that a node that its rule holds constant is a constant for all that
+follows: a product with it has one factor less. An op that no rule claims is an error, unless the
+gradient fallback was asked for; then the report says so.
+"""
+
+import operator
+from collections import Counter
+from collections.abc import Set
+
+from torch import fx
+
+from attnlrp_fx import ops
+from attnlrp_fx.analysis import explained_values, roles
+from attnlrp_fx.errors import RuleError
+from attnlrp_fx.operators import Kind, kind_of, leaves
+from attnlrp_fx.passes.base import PassContext, PassResult, finish
+from attnlrp_fx.provenance import describe, target_name
+from attnlrp_fx.rules import Constant, Gradient, Rule
+
+
+def assign_rules(graph_module: fx.GraphModule, context: PassContext) -> PassResult:
+    """Rewrite every explained node to its rule's relevance op.
+
+    Raises:
+        RuleError: no rule claims an op, or a rule stands at an op that it does not fit.
+    """
+    result = PassResult("assign_rules")
+    graph = graph_module.graph
+    explained = {node for node in explained_values(graph) if not ops.is_explained(node)}
+    role_of = roles(graph, explained)
+    live = {node for node in graph.nodes if ops.is_explained(node)}
+    rules: dict[fx.Node, tuple[Kind, Rule]] = {}
+    for node in graph.nodes:
+        if node in explained and any(leaf in live for leaf in leaves((node.args, node.kwargs))):
+            kind = kind_of(node, live)
+            rules[node] = kind, _rule(node, kind, role_of.get(node), context, result)
+            if not isinstance(rules[node][1], Constant):
+                live.add(node)
+    counts: Counter[str] = Counter()
+    reaching = _reaching(graph, live)
+    for node, (kind, rule) in rules.items():
+        if node in reaching or isinstance(rule, Constant):
+            counts[str(rule)] += 1
+            result.changes += 1
+            _rewrite(graph, node, kind, rule)
+    result.notes += [f"{count} × {rule}" for rule, count in counts.most_common()]
+    if result.changes:
+        finish(graph_module)
+    return result
+
+
+def _reaching(graph: fx.Graph, live: Set[fx.Node]) -> set[fx.Node]:
+    """The live nodes from which relevance of an output can come: not only through constants."""
+    reaching: set[fx.Node] = set()
+    stack = [leaf for leaf in graph.output_node().all_input_nodes if leaf in live]
+    while stack:
+        node = stack.pop()
+        if node not in reaching:
+            reaching.add(node)
+            stack.extend(leaf for leaf in node.all_input_nodes if leaf in live)
+    return reaching
+
+
+def _rewrite(graph: fx.Graph, node: fx.Node, kind: Kind, rule: Rule) -> None:
+    """Write a node's rule into the graph."""
+    if isinstance(rule, Constant) or node.target is operator.getitem:
+        node.meta["rule"] = str(rule)
+        return
+    if kind is Kind.STATISTIC:
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        graph.erase_node(node)
+        return
+    assert rule.op is not None
+    op = node.target
+    if node.op == "call_module":
+        with graph.inserting_before(node):
+            op = graph.get_attr(str(node.target))
+    node.meta |= {
+        "rule": str(rule),
+        "absorbs": rule.absorbs,
+        "kind": kind,
+        "op": node.target,
+        "constructed_by": node.meta.get("constructed_by", "assign_rules"),
+    }
+    node.args = (op, *node.args)
+    node.kwargs = {**node.kwargs, **rule.parameters()}
+    node.target = rule.op
+    node.op = "call_function"
+
+
+def _rule(
+    node: fx.Node, kind: Kind, role: str | None, context: PassContext, result: PassResult
+) -> Rule:
+    rule = context.composite.rule_for(node, kind, role)
+    if rule is None and context.fallback == "gradient":
+        result.notes.append(f"gradient fallback: {describe(node)}")
+        return Gradient()
+    if rule is None:
+        raise RuleError(
+            f"no rule of composite '{context.composite.name}' claims {target_name(node.target)}",
+            where=describe(node),
+            why=f"its kind is {kind}" if kind is not Kind.UNKNOWN else "the op is not in the table",
+            remedy="add an entry, e.g. composite.with_rules((Match(op="
+            f"'{target_name(node.target)}'), Gradient())), or compile with fallback='gradient'",
+        )
+    if kind not in rule.kinds:
+        raise RuleError(
+            f"rule {rule} cannot stand at an op of kind '{kind}'",
+            where=describe(node),
+            remedy=f"narrow the matcher to: {', '.join(sorted(rule.kinds))}",
+        )
+    return rule

@@ -1,0 +1,61 @@
+"""What a pass is: a function that takes a valid graph to a valid graph and says what it did."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from attnlrp_fx.composites import ATTNLRP, Composite
+from attnlrp_fx.provenance import describe
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What passes may know beside the graph."""
+
+    explain: tuple[str, ...] | None = None
+    """Inputs to explain; None for all that relevance can reach."""
+    composite: Composite = ATTNLRP
+    """The composite that assigns rules."""
+    fallback: str = "error"
+    """What becomes of an op that no rule claims: "error" or "gradient"."""
+
+
+@dataclass
+class PassResult:
+    """What one pass did."""
+
+    name: str
+    changes: int = 0
+    """How many nodes or patterns it changed; 0 says that the graph is as it was."""
+    near_misses: list[str] = field(default_factory=list)
+    """Patterns that almost matched: the node and the reason."""
+    notes: list[str] = field(default_factory=list)
+    """Anything else that a user should know."""
+
+    def miss(self, node: fx.Node, reason: str) -> None:
+        """Record a pattern that almost matched."""
+        self.near_misses.append(f"{describe(node)}: {reason}")
+
+
+Pass = Callable[[fx.GraphModule, PassContext], PassResult]
+
+
+def replace(node: fx.Node, new: fx.Node, constructed_by: str) -> None:
+    """Put a new node in another's place, provenance included."""
+    inherit(new, node, constructed_by)
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
+def inherit(new: fx.Node, node: fx.Node, constructed_by: str) -> None:
+    """Give a new node the provenance of the node that it stands for."""
+    kind = new.meta.get("kind")
+    new.meta = {**node.meta, "constructed_by": constructed_by}
+    if kind is not None:
+        new.meta["kind"] = kind
+
+
+def finish(graph_module: fx.GraphModule) -> None:
+    """Drop what a pass made dead, and recompile."""
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
