@@ -5,12 +5,9 @@ What comes out is one flat graph of ATen ops, without autograd and detach: param
 seeds in; outputs, relevance and ledger out. Parameters are inputs under the model's own names, so
 that an optimiser's step shows at once.
 
-`split` cuts the program where the seeds enter: *forward* (outputs and saved values) and
-*relevance* (saved values and seeds in, relevance out). What the outputs do not need is computed on
-the relevance side; views and sizes are never saved but made again.
+Every size is computed once, from the inputs' sizes, so that no value is kept for its shape alone.
 """
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +17,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from attnlrp_fx.operators import is_op, is_structural
+from attnlrp_fx.operators import aten, is_op
+from attnlrp_fx.partition import SEED, split
 from attnlrp_fx.tape import Tape
 from attnlrp_fx.torch_private import fake_mode_of
-
-SEED = "seed_"
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,7 @@ def emit(
     device: torch.device,
     captured_device: torch.device,
     audit: bool = False,
+    recompute: bool = True,
 ) -> Program:
     """Trace the tape of a rewritten graph into a program.
 
@@ -69,6 +66,7 @@ def emit(
         device: where the program will run.
         captured_device: where the model was captured; constants created there move along.
         audit: whether the program also returns the ledger's sums.
+        recompute: whether the relevance side may compute cheap values again, see `split`.
     """
     graph = rewritten.graph
     placeholders = graph.find_nodes(op="placeholder")
@@ -102,7 +100,7 @@ def emit(
     names = [str(node.target) for node in placeholders]
     _name_inputs(traced, [*attributes, *names, *(f"{SEED}{i}" for i in seeded)])
     _clean(traced)
-    forward, relevance = split(traced, len(outputs))
+    forward, relevance = split(traced, len(outputs), recompute)
     return Program(
         graph_module=traced,
         attributes=tuple(attributes),
@@ -144,84 +142,25 @@ def _clean(program: fx.GraphModule) -> None:
         if is_op(node, "detach", "alias", "lift_fresh_copy"):
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
+    _share_sizes(program.graph)
     program.graph.eliminate_dead_code()
     program.recompile()
 
 
-def split(program: fx.GraphModule, outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Cut a program where the seeds enter.
-
-    Args:
-        program: placeholders named `seed_*` are the seeds; the first `outputs` results do not
-            depend on them.
-        outputs: how many results belong to the forward side.
-
-    Returns:
-        forward: attributes and inputs → outputs and saved values;
-        relevance: attributes, inputs, saved values and seeds → relevance and sums. Placeholders
-        that a side does not use are left out; `node.meta["name"]` says what each one is.
-    """
-    graph = program.graph
-    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
-    needed = _closure(result for result in results[:outputs] if isinstance(result, fx.Node))
-    needed |= {n for n in graph.nodes if n.target is operator.getitem and n.args[0] in needed}
-    wanted = _closure(result for result in results[outputs:] if isinstance(result, fx.Node))
-    placeholders = set(graph.find_nodes(op="placeholder"))
-    saved: list[fx.Node] = []
-    inside: set[fx.Node] = set()
-    stack = [result for result in results[outputs:] if isinstance(result, fx.Node)]
-    while stack:
-        node = stack.pop()
-        if node in inside or node in placeholders or node in saved:
-            continue
-        if node in needed and not _is_free(node):
-            saved.append(node)
-            continue
-        inside.add(node)
-        stack.extend(node.all_input_nodes)
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    saved.sort(key=order.__getitem__)
-    forward = _extract(program, needed, [], [*results[:outputs], *saved])
-    relevance = _extract(program, inside | (wanted & placeholders), saved, results[outputs:])
-    return forward, relevance
-
-
-def _closure(nodes: Iterator[fx.Node]) -> set[fx.Node]:
-    """The nodes and everything they are computed from."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
-
-
-def _is_free(node: fx.Node) -> bool:
-    """Whether making a value again costs nothing: sizes, views."""
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return not isinstance(value, list | tuple)
-    if is_op(node, "_to_copy", "clone"):
-        return False
-    return is_structural(node) and node.target is not operator.getitem
-
-
-def _extract(
-    program: fx.GraphModule, inside: set[fx.Node], saved: Sequence[fx.Node], results: Sequence[Any]
-) -> fx.GraphModule:
-    """A graph of some of a program's nodes, with saved values as further inputs."""
-    graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node in inside:
-            values[node] = graph.node_copy(node)
-    for node in saved:
-        values[node] = graph.placeholder(f"saved_{node.name}")
-        values[node].meta = {"val": node.meta["val"], "name": f"saved:{node.name}"}
-    for node in program.graph.nodes:
-        if node in inside and node.op not in ("placeholder", "output"):
-            values[node] = graph.node_copy(node, values.__getitem__)
-    graph.output(fx.node.map_arg(list(results), values.__getitem__))
-    return fx.GraphModule(program, graph)
+def _share_sizes(graph: fx.Graph) -> None:
+    """Read every symbolic size off an input, or compute it once from those that are."""
+    known: dict[str, fx.Node] = {}
+    placeholders = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(placeholders[-1]):
+        for node in reversed(placeholders):
+            for dim, size in enumerate(getattr(node.meta["val"], "shape", ())):
+                if isinstance(size, torch.SymInt):
+                    read = graph.call_function(aten.sym_size.int, (node, dim))
+                    read.meta["val"] = size
+                    known[str(size)] = read
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, torch.SymInt):
+            first = known.setdefault(str(value), node)
+            if first is not node:
+                node.replace_all_uses_with(first)

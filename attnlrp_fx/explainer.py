@@ -269,6 +269,7 @@ class ExplainableGraphModule(nn.Module):
             device=device,
             captured_device=self._captured_device,
             audit=self._options.audit,
+            recompute=self._options.backend != "eager",
         )
         traced = time.perf_counter()
         stage("compiling the program")

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from attnlrp_fx import ops
 from attnlrp_fx.operators import is_structural_op, product_of
 from attnlrp_fx.provenance import module_path, source_line
-from attnlrp_fx.pullbacks import Call
+from attnlrp_fx.pullbacks import Call, parts_of, stabilised
 from attnlrp_fx.quotients import intercept
 
 
@@ -32,11 +32,12 @@ def node_sums(
     Returns:
         float64 tensor (3,): Σ y·c_y, Σ x·c_x over the explained inputs, absorbed.
     """
-    outputs, cs = (list(v) if isinstance(v, list | tuple) else [v] for v in (output, c))
+    outputs, cs = parts_of(output), parts_of(c)
     received = sum_of(outputs, cs)
     passed = sum_of(call.primals, pulled)
     by_design = relevance_op in (ops.taylor, ops.gradient) or (
-        relevance_op is ops.attention and call.parameters.get("weights", 0.5) > 0
+        relevance_op is ops.attention
+        and (call.parameters.get("weights", 0.5) > 0 or not any(p is not None for p in pulled))
     )
     absorbed = received - passed if by_design else _absorbed(relevance_op, call, outputs, cs)
     return torch.stack([received, passed, absorbed])
@@ -58,9 +59,9 @@ def _absorbed(
     zero = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
     epsilon = call.parameters.get("epsilon", 0.0)
     if epsilon:
-        z, c = outputs[0], cs[0]
-        kept = c * z / (z + torch.where(z >= 0, epsilon, -epsilon))
-        return sum_of([z], [c - kept]) + _at_zero(relevance_op, call, [kept], zero)
+        passed = [stabilised(z, c, epsilon) for z, c in zip(outputs, cs, strict=True)]
+        kept = [c - part for c, part in zip(cs, passed, strict=True)]
+        return sum_of(outputs, kept) + _at_zero(relevance_op, call, passed, zero)
     return _at_zero(relevance_op, call, cs, zero)
 
 
@@ -80,8 +81,7 @@ def _at_zero(relevance_op: ops.Op, call: Call, cs: Sequence[Tensor], zero: Tenso
     elif relevance_op is ops.winner or is_structural_op(call.op):
         return zero
     output = call.function(*[torch.zeros_like(primal) for primal in call.primals])
-    outputs = list(output) if isinstance(output, list | tuple) else [output]
-    return sum_of(outputs, cs)
+    return sum_of(parts_of(output), cs)
 
 
 def read_ledger(

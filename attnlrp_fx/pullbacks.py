@@ -42,18 +42,54 @@ class Call:
 
 
 def vjp(call: Call) -> tuple[Any, Pullback]:
-    """The op's own vector-Jacobian product, of that op alone."""
-    output, pull = torch.func.vjp(call.function, *call.primals)[:2]
-    return output, pull
+    """The op's own vector-Jacobian product, of that op alone.
+
+    That of a linear layer is written out: traced under functorch, one with a bias reads its
+    input's sizes as plain numbers, and the program would serve the example's batch and length only.
+    """
+    if packet(call.op) is aten.linear and call.positions == (0,) and call.args[1].dim() == 2:
+        weight = call.args[1]
+        return call.function(*call.primals), lambda c: [c @ weight]
+
+    def function(*primals: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+        output = call.function(*primals)
+        return tuple(part for part in parts_of(output) if _is_differentiable(part)), output
+
+    _, pull, output = torch.func.vjp(function, *call.primals, has_aux=True)
+
+    def pullback(c: Any) -> Sequence[Tensor | None]:
+        parts = zip(parts_of(c), parts_of(output), strict=True)
+        pulled: Sequence[Tensor] = pull(tuple(c for c, y in parts if _is_differentiable(y)))
+        return pulled
+
+    return output, pullback
+
+
+def parts_of(value: Any) -> list[Tensor]:
+    """The outputs of an op, or their coefficients, as a list."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _is_differentiable(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
 
 
 def _linear(call: Call) -> tuple[Any, Pullback]:
     """c_x = Wᵀ c (eq. 8), with ε: Wᵀ (c z / (z + ε sign z))."""
-    z, pull = vjp(call)
+    output, pull = vjp(call)
     epsilon = call.parameters.get("epsilon", 0.0)
     if not epsilon:
-        return z, pull
-    return z, lambda c: pull(c * z / (z + torch.where(z >= 0, epsilon, -epsilon)))
+        return output, pull
+    if isinstance(output, Tensor):
+        return output, lambda c: pull(stabilised(output, c, epsilon))
+    return output, lambda cs: pull(
+        [stabilised(z, c, epsilon) for z, c in zip(output, cs, strict=True)]
+    )
+
+
+def stabilised(z: Tensor, c: Tensor, epsilon: float) -> Tensor:
+    """c z / (z + ε sign z), with sign 0 = 1: what of a coefficient ε lets through (eq. 8)."""
+    return c * z / torch.where(z >= 0, z + epsilon, z - epsilon)
 
 
 def _uniform(call: Call) -> tuple[Any, Pullback]:
@@ -69,8 +105,11 @@ def _uniform(call: Call) -> tuple[Any, Pullback]:
 
 def _identity(call: Call) -> tuple[Any, Pullback]:
     """c_x = c (f(x) − f(0)) / x (eq. 9), by a closed form wherever there is one."""
-    output, factor = quotient(call.function, call.op, call.args, call.kwargs, call.primals[0])
-    return output, lambda c: [c * factor()]
+    x = call.primals[0]
+    output, factor = quotient(call.function, call.op, call.args, call.kwargs, x)
+    if output.shape == x.shape:
+        return output, lambda c: [c * factor()]
+    return output, lambda c: [(c * factor()).sum_to_size(x.shape)]
 
 
 def _norm(call: Call) -> tuple[Any, Pullback]:
@@ -149,6 +188,8 @@ def _attention(call: Call) -> tuple[Any, Pullback]:
     An operand that is not explained leaves its share to the others, as in the chain.
     """
     shares = attention_shares(call.positions, call.parameters.get("weights", 0.5))
+    if not any(shares):
+        return call.function(*call.primals), lambda c: [None] * len(shares)
     output, pull = torch.func.vjp(_with_constants(call, shares), *_explained(call, shares))
 
     def pullback(c: Tensor) -> list[Tensor | None]:
@@ -159,13 +200,17 @@ def _attention(call: Call) -> tuple[Any, Pullback]:
 
 
 def attention_shares(positions: Sequence[int | str], weights: float) -> list[float]:
-    """The share of each explained operand of an attention (0 query, 1 key, 2 value)."""
-    value = positions.count(2) + positions.count("value")
-    query_key = len(positions) - value
-    if not query_key:
+    """The share of each explained operand of an attention (query, key, value, mask by position).
+
+    A mask is added to the scores: like the product of query and key, it gets the weights' share.
+    """
+    value = positions.count(2)
+    product = positions.count(0) + positions.count(1)
+    if value == len(positions):
         return [1.0] * value
     weights = weights if value else 1.0 if weights else 0.0
-    return [1 - weights if p in (2, "value") else weights / query_key for p in positions]
+    share = {0: weights / max(product, 1), 1: weights / max(product, 1), 2: 1 - weights}
+    return [share.get(p, weights) if isinstance(p, int) else weights for p in positions]
 
 
 def _explained(call: Call, shares: Sequence[float]) -> list[Tensor]:

@@ -169,7 +169,7 @@ class Tape(fx.Interpreter):
         inputs = [leaf for leaf in leaves((node.args[1:], node.kwargs)) if ops.is_explained(leaf)]
         output = self.env[node]
         if isinstance(c, dict):
-            c = type(output)(c.get(i, torch.zeros_like(part)) for i, part in enumerate(output))
+            c = [c[i] if i in c else torch.zeros_like(part) for i, part in enumerate(output)]
         self.watch(node, "relevance", c)
         pulled = self.pullbacks[node](c)
         for leaf, coefficient in zip(inputs, pulled, strict=True):

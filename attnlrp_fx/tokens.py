@@ -14,7 +14,18 @@ from torch import Tensor, fx
 
 from attnlrp_fx.operators import aten, is_op, is_structural
 
-MOVES = ["cat", "stack", "where", "masked_fill", "slice_scatter", "select_scatter", "flip", "roll", "repeat", "copy"]
+MOVES = [
+    "cat",
+    "stack",
+    "where",
+    "masked_fill",
+    "slice_scatter",
+    "select_scatter",
+    "flip",
+    "roll",
+    "repeat",
+    "copy",
+]
 SHIFTS = ["add", "sub", "clamp", "clamp_min", "clamp_max"]
 """Ops that change an index by a constant and leave it in its place."""
 

@@ -6,6 +6,7 @@
   placeholders, needs `standalone_compile`, exported from `torch._inductor` without documentation.
 - `fake_mode_of`: the fake-tensor mode of a captured graph, in which it is traced again, so that
   both share their symbols.
+- `typical_size`: what a symbolic size would be, from its expression.
 
 `tests/test_torch_private.py` uses each of them, so that an upgrade fails loudly.
 """
@@ -35,6 +36,14 @@ def fake_mode_of(graph_module: fx.GraphModule) -> FakeTensorMode:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     raise ValueError("the graph has no fake values: it was not captured by torch.export")
+
+
+def typical_size(size: int | torch.SymInt, typical: int) -> float:
+    """A size as a number, each of its symbols counted as `typical`."""
+    if isinstance(size, int):
+        return float(size)
+    expression = size.node.expr
+    return float(expression.subs(dict.fromkeys(expression.free_symbols, typical)))
 
 
 def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

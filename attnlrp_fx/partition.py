@@ -1,0 +1,149 @@
+"""Partition: cut a program where the seeds enter, and choose what crosses the cut.
+
+The *forward* side computes the outputs, the *relevance* side everything that depends on a seed. A
+value that both need is saved, or computed again from values that are. What to save is a minimum
+cut (as in Chen et al. 2016 and AOTAutograd's partitioner): each value is an edge as wide as its
+bytes; inputs are free; products, reductions and attention are never computed twice; views cost
+nothing. Among cuts of one width, the one nearest to its use is taken: it leaves least to do again.
+"""
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+from attnlrp_fx.operators import is_cheap, is_op, is_structural
+from attnlrp_fx.torch_private import typical_size
+
+SEED = "seed_"
+
+TYPICAL = 64
+"""What a symbolic size counts for when bytes are compared."""
+NEARNESS = 0.01
+"""How much wider an edge becomes with each step away from its use, as a share."""
+
+
+def split(
+    program: fx.GraphModule, outputs: int, recompute: bool = True
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Cut a program where the seeds enter.
+
+    Args:
+        program: placeholders named `seed_*` are the seeds; the first `outputs` results do not
+            depend on them.
+        outputs: how many results belong to the forward side.
+        recompute: whether elementwise ops may be computed on both sides; views always may.
+
+    Returns:
+        forward: attributes and inputs → outputs and saved values;
+        relevance: attributes, inputs, saved values and seeds → relevance and sums. Placeholders
+        that a side does not use are left out; `node.meta["name"]` says what each one is.
+    """
+    graph = program.graph
+    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    needed = _closure(r for r in results[:outputs] if isinstance(r, fx.Node))
+    needed |= {n for n in graph.nodes if n.target is operator.getitem and n.args[0] in needed}
+    wanted = _closure(r for r in results[outputs:] if isinstance(r, fx.Node))
+    seeded = _depends_on_seeds(graph)
+    saved = _minimum_cut(graph, results[outputs:], needed, wanted, seeded, recompute)
+    inside = _closure((r for r in results[outputs:] if isinstance(r, fx.Node)), until=saved)
+    forward = _extract(program, needed | _closure(saved), [], [*results[:outputs], *saved])
+    relevance = _extract(program, inside - set(saved), saved, results[outputs:])
+    return forward, relevance
+
+
+def _closure(nodes: Iterable[fx.Node], until: Sequence[fx.Node] = ()) -> set[fx.Node]:
+    """The nodes and everything they are computed from, not looking behind `until`."""
+    found: set[fx.Node] = set()
+    stop = set(until)
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            if node not in stop:
+                stack.extend(node.all_input_nodes)
+    return found
+
+
+def _depends_on_seeds(graph: fx.Graph) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_seed = node.op == "placeholder" and str(node.target).startswith(SEED)
+        if is_seed or any(leaf in found for leaf in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _minimum_cut(
+    graph: fx.Graph,
+    results: Sequence[Any],
+    needed: set[fx.Node],
+    wanted: set[fx.Node],
+    seeded: set[fx.Node],
+    recompute: bool,
+) -> list[fx.Node]:
+    """The values to save, in the graph's order."""
+    flow = nx.DiGraph()
+    flow.add_nodes_from(("inputs", "relevance"))
+    candidates = [n for n in graph.nodes if n in wanted - seeded and n.op == "call_function"]
+    direct = {r for r in results if isinstance(r, fx.Node)}
+    distance: dict[fx.Node, int] = {}
+    for node in reversed(candidates):
+        users = [user for user in node.users if user in wanted]
+        is_used = node in direct or any(user in seeded for user in users)
+        again = [distance[user] for user in users if user in distance]
+        distance[node] = 0 if is_used else 1 + min(again, default=0)
+        width = _bytes(node) * (1 + NEARNESS * min(distance[node], 50))
+        flow.add_edge((node, "in"), (node, "out"), capacity=width)
+        if node in needed and not _may_recompute(node, recompute):
+            flow.add_edge("inputs", (node, "in"))
+        if is_used:
+            flow.add_edge((node, "out"), "relevance")
+        for user in users:
+            if user not in seeded and user.op == "call_function":
+                flow.add_edge((node, "out"), (user, "in"))
+    _, (near, _) = nx.minimum_cut(flow, "inputs", "relevance")
+    return [n for n in candidates if (n, "in") in near and (n, "out") not in near]
+
+
+def _bytes(node: fx.Node) -> float:
+    """How much saving a value takes; infinite for what cannot be saved."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        count = 1.0
+        for size in value.shape:
+            count *= typical_size(size, TYPICAL)
+        return count * value.dtype.itemsize
+    return float("inf") if isinstance(value, list | tuple) else 8.0
+
+
+def _may_recompute(node: fx.Node, recompute: bool) -> bool:
+    """Whether a value that the forward side has may be computed once more."""
+    if not isinstance(node.meta.get("val"), Tensor):
+        return isinstance(node.meta.get("val"), int | float | torch.SymInt | torch.SymFloat)
+    if is_structural(node) and not is_op(node, "_to_copy", "clone"):
+        return node.target is not operator.getitem
+    return recompute and is_cheap(node)
+
+
+def _extract(
+    program: fx.GraphModule, inside: set[fx.Node], saved: Sequence[fx.Node], results: Sequence[Any]
+) -> fx.GraphModule:
+    """A graph of some of a program's nodes, with saved values as further inputs."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node in inside:
+            values[node] = graph.node_copy(node)
+    for node in saved:
+        values[node] = graph.placeholder(f"saved_{node.name}")
+        values[node].meta = {"val": node.meta["val"], "name": f"saved:{node.name}"}
+    for node in program.graph.nodes:
+        if node in inside and node.op not in ("placeholder", "output"):
+            values[node] = graph.node_copy(node, values.__getitem__)
+    graph.output(fx.node.map_arg(list(results), values.__getitem__))
+    return fx.GraphModule(program, graph)
