@@ -115,6 +115,7 @@ def explain(
     target: TargetLike = None,
     composite: str | Composite = "attnlrp",
     backend: str | Backend = "eager",
+    dynamic_shapes: str | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Explanation:
     """Explain a model's output on a text, or on several, in one line.
@@ -128,6 +129,7 @@ def explain(
         target: as in `compile`.
         composite: as in `compile`.
         backend: as in `compile`; "eager" is ready at once.
+        dynamic_shapes: as in `compile`; None is ready soonest, and serves these texts only.
         **options: anything else that `compile` takes.
 
     Raises:
@@ -140,6 +142,7 @@ def explain(
         target=target,
         composite=composite,
         backend=backend,
+        dynamic_shapes=dynamic_shapes,
         tokenizer=tokenizer,
         **options,
     )
