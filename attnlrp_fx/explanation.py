@@ -25,6 +25,7 @@ from torch import Tensor
 
 from attnlrp_fx import heatmap
 from attnlrp_fx.errors import InputError, MissingExtraError
+from attnlrp_fx.heatmap.spelling import Spelling, spelling_of
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped, unused-ignore]
@@ -306,9 +307,8 @@ class Explanation:
         indexes = given is not None and not given.is_floating_point()
         return indexes or name in (self.tokens or {}) or name in (self.mask or {})
 
-    def _is_by_row(self, name: str) -> bool:
-        relevance = self.relevance[name]
-        return len(self) == 1 or (relevance.dim() > 0 and relevance.shape[0] == len(self))
+    def _has_rows(self, relevance: Tensor) -> bool:
+        return relevance.dim() > 0 and relevance.shape[0] == len(self)
 
     def _sections(self) -> list[heatmap.Section]:
         sections = [self._section(row) for row in range(len(self))]
@@ -346,11 +346,11 @@ class Explanation:
                 hidden=sum(r for r, keep in zip(relevance, real, strict=True) if not keep),
             )
 
-    def _spelled(self, name: str) -> tuple[list[list[str]], heatmap.Spelling]:
+    def _spelled(self, name: str) -> tuple[list[list[str]], Spelling]:
         """Tokens and their spelling; without a tokenizer the ids, or the positions, stand alone."""
         tokens = (self.tokens or {}).get(name)
         if tokens is not None:
-            return tokens, heatmap.spelling(token for row in tokens for token in row)
+            return tokens, spelling_of(token for row in tokens for token in row)
         ids = self.inputs.get(name)
         if ids is not None:
             return [[str(i) for i in row] for row in ids.tolist()], "word"
@@ -358,15 +358,21 @@ class Explanation:
         return [[f"[{i}]" for i in range(length)] for _ in range(rows)], "word"
 
     def _grids(self, row: int) -> Iterator[heatmap.Grid]:
-        for name, values in self.relevance.items():
-            if not self._is_tokens(name) and self._is_by_row(name):
-                by_row = values.dim() > 0 and values.shape[0] == len(self)
-                yield heatmap.Grid(name, (values[row] if by_row else values).detach())
+        for name, values in self._float_relevance():
+            if self._has_rows(values):
+                yield heatmap.Grid(name, values[row])
+            elif len(self) == 1:
+                yield heatmap.Grid(name, values)
 
     def _batch_grids(self) -> Iterator[heatmap.Grid]:
+        for name, values in self._float_relevance():
+            if len(self) != 1 and not self._has_rows(values):
+                yield heatmap.Grid(name, values)
+
+    def _float_relevance(self) -> Iterator[tuple[str, Tensor]]:
         for name, values in self.relevance.items():
-            if not self._is_tokens(name) and not self._is_by_row(name):
-                yield heatmap.Grid(name, values.detach())
+            if not self._is_tokens(name):
+                yield name, values.detach()
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ import operator
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,7 +54,6 @@ class Product:
 VIEWS = [
     "alias",
     "contiguous",
-    "detach_",
     "expand",
     "expand_as",
     "flatten",
@@ -173,7 +173,6 @@ LINEAR = [
     "fft_irfft",
     "fft_fft2",
     "complex",
-    "polar",
     "conj",
     "_conj",
     "resolve_conj",
@@ -252,12 +251,10 @@ ACTIVATIONS = [
     "sinh",
     "softplus",
     "softshrink",
-    "softsign",
     "sqrt",
     "square",
     "tan",
     "tanh",
-    "tanhshrink",
     "threshold",
 ]
 
@@ -313,6 +310,7 @@ SHAPE_ONLY = [
     "new_full",
     "new_empty",
     "detach",
+    "detach_",
     "sign",
     "floor",
     "ceil",
@@ -380,7 +378,12 @@ def packet(target: Any) -> Any:
 
 def is_op(node: fx.Node, *names: str) -> bool:
     """Whether a node calls one of the named ATen ops, whichever overload."""
-    return node.op == "call_function" and packet(node.target) in _packets(names)
+    return node.op == "call_function" and packet(node.target) in _packets_of(*names)
+
+
+@cache
+def _packets_of(*names: str) -> frozenset[Any]:
+    return _packets(names)
 
 
 def is_known(op: Any) -> bool:
@@ -390,7 +393,7 @@ def is_known(op: Any) -> bool:
 
 def is_shape_only(node: fx.Node) -> bool:
     """Whether a node's value has derivative zero with respect to every input."""
-    return packet(node.target) in _SHAPE_ONLY
+    return packet(node.target) in _SHAPE_ONLY or bool(node.kwargs.get("rounding_mode"))
 
 
 def is_elementwise(node: fx.Node) -> bool:
@@ -416,6 +419,13 @@ def is_structural_op(op: Any) -> bool:
 def is_cast(node: fx.Node) -> bool:
     """Whether a node only copies or casts its input."""
     return node.op == "call_function" and packet(node.target) in _CASTS
+
+
+def _selects_elements(target: Any) -> bool:
+    """Whether an op selects between two values; `max` and `min` do in one of their overloads."""
+    if target in (aten.max.other, aten.min.other):
+        return True
+    return packet(target) in _ELEMENTWISE_SELECTIONS
 
 
 def product_of(target: Any) -> Product | None:
@@ -461,7 +471,7 @@ def kind_of(node: fx.Node, explained: Set[fx.Node]) -> Kind:
             if numerator and denominator:
                 return Kind.QUOTIENT
             return Kind.LINEAR if numerator else Kind.ACTIVATION
-        case Kind.SELECTION if count == 1 and packet(node.target) in _ELEMENTWISE_SELECTIONS:
+        case Kind.SELECTION if count == 1 and _selects_elements(node.target):
             return Kind.ACTIVATION
         case Kind.ACTIVATION if count > 1:
             return Kind.UNKNOWN

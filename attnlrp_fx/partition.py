@@ -89,7 +89,8 @@ def _minimum_cut(
     """The values to save, in the graph's order."""
     flow = nx.DiGraph()
     flow.add_nodes_from(("inputs", "relevance"))
-    candidates = [n for n in graph.nodes if n in wanted - seeded and n.op == "call_function"]
+    unseeded = wanted - seeded
+    candidates = [n for n in graph.nodes if n in unseeded and n.op == "call_function"]
     direct = {r for r in results if isinstance(r, fx.Node)}
     distance: dict[fx.Node, int] = {}
     for node in reversed(candidates):

@@ -1,0 +1,67 @@
+"""Cells hold all the relevance, and the PNG shows it."""
+
+import io
+import math
+import zlib
+
+import pytest
+import torch
+from drawn import grid
+
+from attnlrp_fx.heatmap import Grid
+from attnlrp_fx.heatmap.pictures import Picture, picture, png
+from attnlrp_fx.heatmap.scale import NOT_FINITE, OVERLAY
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (5, 9), (3, 40, 50), (2, 3, 11, 13), (1, 1)])
+def test_pictures_conserve_relevance_and_fit(shape):
+    shown = picture(grid(*shape), 16, 16)
+    frames = shape[0] if len(shape) == 4 else 1
+    assert shown.cells.shape[0] <= max(16, frames)
+    assert shown.cells.shape[1] <= 16
+    torch.testing.assert_close(shown.cells.sum(), grid(*shape).relevance.sum())
+
+
+def test_images_keep_their_proportions():
+    assert picture(grid(3, 40, 20), 20, 20).cells.shape == (20, 10)
+
+
+def test_one_hot_pixel_does_not_blank_out_the_rest():
+    relevance = torch.ones(1, 64, 64)
+    relevance[0, 3, 3] = 1000
+    shown = picture(Grid("x", relevance), 64, 64)
+    assert shown.limit == pytest.approx(1)
+    assert "largest |cell| 1000" in shown.caption
+
+
+def test_one_hot_pixel_on_zeros_keeps_a_scale():
+    relevance = torch.zeros(1, 64, 64)
+    relevance[0, 3, 3] = 5
+    assert picture(Grid("x", relevance), 64, 64).limit == 5
+
+
+def test_png_is_what_a_decoder_reads():
+    image = pytest.importorskip("PIL.Image")
+    cells = torch.tensor([[1.0, -1.0, 0.0], [0.5, math.nan, math.inf]])
+    data = png(Picture(cells, 1.0, ""))
+    with image.open(io.BytesIO(data)) as opened:
+        assert opened.size == (3, 2)
+        pixels = opened.convert("RGBA")
+    against, favour = OVERLAY
+    assert pixels.getpixel((0, 0)) == (*favour, 255)
+    assert pixels.getpixel((1, 0)) == (*against, 255)
+    assert pixels.getpixel((2, 0))[3] == 0
+    assert pixels.getpixel((0, 1))[3] == pytest.approx(128, abs=2)
+    assert pixels.getpixel((1, 1)) == pixels.getpixel((2, 1)) == (*NOT_FINITE, 255)
+
+
+def test_png_chunks_carry_their_checksums():
+    data = png(Picture(torch.zeros(2, 2), 0.0, ""))
+    at, kinds = 8, []
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        body = data[at + 4 : at + 8 + size]
+        assert zlib.crc32(body) == int.from_bytes(data[at + 8 + size : at + 12 + size], "big")
+        kinds.append(body[:4])
+        at += 12 + size
+    assert kinds == [b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"]
