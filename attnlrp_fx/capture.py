@@ -18,14 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram, default_decompositions
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from attnlrp_fx.errors import CaptureError, InputError
-from attnlrp_fx.operators import is_known
+from attnlrp_fx.functionalise import functional
 from attnlrp_fx.torch_private import unlike_symbols
 
 Inputs = Mapping[str, Any] | Tensor | tuple[Any, ...]
+
+TRACEABLE_EXPERTS = "batched_mm"
+"""transformers' implementation of a mixture of experts in plain ops: gather weights, multiply."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +88,45 @@ def capture(
     with ExitStack() as stack:
         notes = tuple(stack.enter_context(_capturable(model, named)))
         example = _enlarged(named) if dynamic_shapes == "auto" else named
-        shapes = _auto_shapes(example) if dynamic_shapes == "auto" else dynamic_shapes
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(unlike_symbols())
-        try:
-            exported = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
-        except Exception as error:
-            raise _capture_error(model, error) from error
+        if dynamic_shapes == "auto":
+            exported, fixed = _export_dynamic(model, example)
+            notes += fixed
+        else:
+            exported = _export(model, example, dynamic_shapes)
         constants = {k: v for k, v in example.items() if not _has_tensors(v)}
         return _captured(exported, pytree.tree_leaves(example), constants, notes)
+
+
+def _export_dynamic(
+    model: nn.Module, example: dict[str, Any]
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """Export with every dimension dynamic; where that fails, with the batch alone, then with none.
+
+    Returns:
+        The program, and a note on what had to be given up.
+
+    Raises:
+        CaptureError: it fails without dynamic dimensions, too: that is the failure to report.
+    """
+    try:
+        return _export(model, example, _auto_shapes(example)), ()
+    except CaptureError as error:
+        why = error.why
+    try:
+        exported, left = _export(model, example, _auto_shapes(example, (0,))), "all but the batch"
+    except CaptureError:
+        exported, left = _export(model, example, None), "every size"
+    return exported, (f"{left} is fixed: it could not be captured as dynamic ({why})",)
+
+
+def _export(model: nn.Module, example: dict[str, Any], shapes: Any) -> ExportedProgram:
+    try:
+        return torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise _capture_error(model, error) from error
 
 
 def bind(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -132,8 +165,8 @@ def bind(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 def _capturable(model: nn.Module, inputs: dict[str, Any]) -> Iterator[list[str]]:
     """Put a model into a state in which it can be captured, and back.
 
-    Found by mechanism: any module whose config says `use_cache` is told not to; an attention
-    implementation that is no plain ATen op is replaced by PyTorch's own.
+    Found by mechanism: any module whose config says `use_cache` is told not to; implementations of
+    attention and of experts that are no plain ATen ops are replaced by ones that are.
     """
     notes: list[str] = []
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
@@ -142,6 +175,7 @@ def _capturable(model: nn.Module, inputs: dict[str, Any]) -> Iterator[list[str]]
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     replaced = implementation not in (None, "eager", "sdpa")
     requires_grad = [p for p in model.parameters() if p.requires_grad]
+    experts = _experts_implementations(model)
     try:
         for config in caching:
             config.use_cache = False
@@ -150,14 +184,35 @@ def _capturable(model: nn.Module, inputs: dict[str, Any]) -> Iterator[list[str]]
         if replaced:
             model.set_attn_implementation("sdpa")  # type: ignore[operator]
             notes.append(f"attention '{implementation}' is captured as 'sdpa'")
+        for module in experts:
+            module.set_experts_implementation(TRACEABLE_EXPERTS)
+        if experts:
+            notes.append(f"experts are captured as '{TRACEABLE_EXPERTS}'")
         yield notes
     finally:
         for config in caching:
             config.use_cache = True
         if replaced:
             model.set_attn_implementation(implementation)  # type: ignore[operator]
+        for module, before in experts.items():
+            module.set_experts_implementation(before)
         for parameter in requires_grad:
             parameter.requires_grad_(True)
+
+
+def _experts_implementations(model: nn.Module) -> dict[Any, dict[str, str | None]]:
+    """The modules whose experts run in a way that cannot be captured, and what they are set to.
+
+    A loop over the experts that were chosen depends on data, a grouped product is no plain op.
+    """
+    found: dict[Any, dict[str, str | None]] = {}
+    for module in model.modules():
+        if not hasattr(module, "set_experts_implementation"):
+            continue
+        before = module.get_experts_implementation()  # type: ignore[operator]
+        if module._can_set_experts_implementation() and before[""] != TRACEABLE_EXPERTS:  # type: ignore[operator]
+            found[module] = before
+    return found
 
 
 def _sub_configs(config: Any) -> list[Any]:
@@ -189,11 +244,13 @@ def _enlarged(inputs: dict[str, Any]) -> dict[str, Any]:
     return pytree.tree_map(enlarge, inputs)
 
 
-def _auto_shapes(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Every dimension of every tensor as `Dim.AUTO`: dynamic unless the model fixes it."""
+def _auto_shapes(inputs: dict[str, Any], dynamic: Sequence[int] | None = None) -> dict[str, Any]:
+    """Dimensions of every tensor as `Dim.AUTO`, dynamic unless the model fixes them; None: all."""
 
     def dims(leaf: Any) -> Any:
-        return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, Tensor) else None
+        if not isinstance(leaf, Tensor):
+            return None
+        return {d: Dim.AUTO for d in range(leaf.dim()) if dynamic is None or d in dynamic}
 
     return {name: pytree.tree_map(dims, value) for name, value in inputs.items()}
 
@@ -205,15 +262,7 @@ def _captured(
     notes: tuple[str, ...],
 ) -> Captured:
     """Normalise an exported program to functional ATen and read its calling convention."""
-    table = default_decompositions()
-    for op in list(table):
-        if is_known(op):
-            del table[op]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = exported.run_decompositions(table)
-        graph_module = exported.module(check_guards=False)
-    assert isinstance(graph_module, fx.GraphModule)
+    graph_module = functional(exported)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
     graph_module = _flat(graph_module)
@@ -265,7 +314,7 @@ def _static_notes(graph_module: fx.GraphModule) -> tuple[str, ...]:
     notes = []
     for node in graph_module.graph.find_nodes(op="placeholder"):
         value = node.meta["val"]
-        fixed = [d for d in range(min(value.dim(), 2)) if isinstance(value.shape[d], int)]
+        fixed = [d for d in range(min(value.dim(), 2)) if is_concrete_int(value.shape[d])]
         if fixed and (0 in fixed or not value.is_floating_point()):
             sizes = ", ".join(f"dimension {d} = {value.shape[d]}" for d in fixed)
             notes.append(f"input '{node.target}' is fixed to {sizes}")

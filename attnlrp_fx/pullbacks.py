@@ -17,6 +17,7 @@ from torch import Tensor
 from attnlrp_fx import ops
 from attnlrp_fx.operators import aten, packet
 from attnlrp_fx.quotients import quotient
+from attnlrp_fx.transposes import TRANSPOSES, transpose_of
 
 Pullback = Callable[[Any], Sequence[Tensor | None]]
 
@@ -42,25 +43,23 @@ class Call:
 
 
 def vjp(call: Call) -> tuple[Any, Pullback]:
-    """The op's own vector-Jacobian product, of that op alone.
-
-    That of a linear layer is written out: traced under functorch, one with a bias reads its
-    input's sizes as plain numbers, and the program would serve the example's batch and length only.
-    """
-    if packet(call.op) is aten.linear and call.positions == (0,) and call.args[1].dim() == 2:
-        weight = call.args[1]
-        return call.function(*call.primals), lambda c: [c @ weight]
+    """The op's own vector-Jacobian product, of that op alone."""
+    if packet(call.op) in TRANSPOSES:
+        output = call.function(*call.primals)
+        transpose = transpose_of(call.op, call.args, call.kwargs, call.primals, output)
+        if transpose is not None:
+            return output, transpose
 
     def function(*primals: Tensor) -> tuple[tuple[Tensor, ...], Any]:
         output = call.function(*primals)
         return tuple(part for part in parts_of(output) if _is_differentiable(part)), output
 
-    _, pull, output = torch.func.vjp(function, *call.primals, has_aux=True)
+    pulled = torch.func.vjp(function, *call.primals, has_aux=True)
+    pull, output = pulled[1], pulled[-1]
 
-    def pullback(c: Any) -> Sequence[Tensor | None]:
+    def pullback(c: Any) -> Any:
         parts = zip(parts_of(c), parts_of(output), strict=True)
-        pulled: Sequence[Tensor] = pull(tuple(c for c, y in parts if _is_differentiable(y)))
-        return pulled
+        return pull(tuple(c for c, y in parts if _is_differentiable(y)))
 
     return output, pullback
 
@@ -98,7 +97,7 @@ def _uniform(call: Call) -> tuple[Any, Pullback]:
 
     def pullback(c: Any) -> list[Tensor | None]:
         pulled = zip(pull(c), call.is_factor, strict=True)
-        return [g / call.factors if is_factor else g for g, is_factor in pulled]
+        return [g / call.factors if is_factor and g is not None else g for g, is_factor in pulled]
 
     return output, pullback
 
@@ -190,7 +189,7 @@ def _attention(call: Call) -> tuple[Any, Pullback]:
     shares = attention_shares(call.positions, call.parameters.get("weights", 0.5))
     if not any(shares):
         return call.function(*call.primals), lambda c: [None] * len(shares)
-    output, pull = torch.func.vjp(_with_constants(call, shares), *_explained(call, shares))
+    output, pull = torch.func.vjp(_with_constants(call, shares), *_explained(call, shares))[:2]
 
     def pullback(c: Tensor) -> list[Tensor | None]:
         pulled = iter(pull(c))

@@ -1,0 +1,107 @@
+"""From an exported program to a functional graph of ops that the table knows.
+
+`torch.export` leaves a model's in-place ops, its no-grad regions, and composite ops of every kind.
+PyTorch's own decomposition removes them, at the price of tracing the model a second time. Most
+models need none of it on the way that relevance takes: then only the no-grad regions are inlined.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram, default_decompositions
+
+from attnlrp_fx.operators import is_known, is_op
+
+LOOKUPS = ("embedding", "index", "index_select")
+
+
+def functional(exported: ExportedProgram) -> fx.GraphModule:
+    """The program's graph without in-place ops, regions and ops that the table does not know.
+
+    Parameters and buffers are shared with the exported model.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph_module = exported.module(check_guards=False)
+        assert isinstance(graph_module, fx.GraphModule)
+        inline_regions(graph_module)
+        if needs_decomposition(graph_module):
+            table = default_decompositions()
+            for op in list(table):
+                if is_known(op):
+                    del table[op]
+            graph_module = exported.run_decompositions(table).module(check_guards=False)
+            assert isinstance(graph_module, fx.GraphModule)
+    return graph_module
+
+
+def inline_regions(graph_module: fx.GraphModule) -> None:
+    """Replace each region that was captured under no_grad or autocast by its body.
+
+    The values are the same with or without gradients. An autocast region has its casts inside.
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if not _is_region(node):
+            continue
+        body_node = next(arg for arg in node.args if _is_submodule(graph_module, arg))
+        body = getattr(graph_module, body_node.target)
+        inline_regions(body)
+        inputs = node.args[node.args.index(body_node) + 1 :]
+        values = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        with graph.inserting_before(node):
+            outputs = graph.graph_copy(body.graph, values)  # type: ignore[arg-type]
+        for user in list(node.users):
+            user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index]
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not body_node.users:
+            graph.erase_node(body_node)
+
+
+def _is_region(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "")
+    return node.op == "call_function" and name in (
+        "wrap_with_set_grad_enabled",
+        "wrap_with_autocast",
+    )
+
+
+def _is_submodule(graph_module: fx.GraphModule, arg: Any) -> bool:
+    if not isinstance(arg, fx.Node) or arg.op != "get_attr":
+        return False
+    return isinstance(getattr(graph_module, str(arg.target), None), fx.GraphModule)
+
+
+def needs_decomposition(graph_module: fx.GraphModule) -> bool:
+    """Whether a graph changes a value in place, or has an op on floats that the table lacks."""
+    return any(
+        _is_mutable(node.target) or _is_unknown(node)
+        for node in graph_module.graph.nodes
+        if node.op == "call_function"
+    )
+
+
+def _is_mutable(target: Any) -> bool:
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _is_unknown(node: fx.Node) -> bool:
+    """An op outside the table from floats to floats; what makes constants may be any op."""
+    if not isinstance(node.target, torch._ops.OpOverload) or is_known(node.target):
+        return False
+    floating = any(_is_floating(leaf) for leaf in node.all_input_nodes)
+    return floating and _is_floating(node) and not is_op(node, *LOOKUPS)
+
+
+def _is_floating(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    parts = value if isinstance(value, list | tuple) else [value]
+    return any(
+        isinstance(part, Tensor) and (part.is_floating_point() or part.is_complex())
+        for part in parts
+    )
