@@ -9,36 +9,40 @@ Captures any PyTorch or transformers model as an FX graph, rewrites it with Attn
 model's outputs and the relevance of its inputs.
 """
 
-from attnlrp_fx.compiler import compile, explain
-from attnlrp_fx.composites import COMPOSITES, Composite, Match
-from attnlrp_fx.errors import (
-    AttnLRPError,
-    BackendError,
-    CaptureError,
-    InputError,
-    MissingExtraError,
-    ModelNotFoundError,
-    NonFiniteError,
-    PassError,
-    RuleError,
-    TargetError,
-)
-from attnlrp_fx.explainer import ExplainableGraphModule
-from attnlrp_fx.explanation import Explanation
-from attnlrp_fx.ledger import Ledger
-from attnlrp_fx.rules import (
-    Attention,
-    Constant,
-    Epsilon,
-    Gradient,
-    Identity,
-    Rule,
-    StatisticConstant,
-    Taylor,
-    Uniform,
-    Winner,
-)
-from attnlrp_fx.targets import Contrast, Logit, LogProb
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnlrp_fx.compiler import compile, explain
+    from attnlrp_fx.composites import COMPOSITES, Composite, Match
+    from attnlrp_fx.errors import (
+        AttnLRPError,
+        BackendError,
+        CaptureError,
+        InputError,
+        MissingExtraError,
+        ModelNotFoundError,
+        NonFiniteError,
+        PassError,
+        RuleError,
+        TargetError,
+    )
+    from attnlrp_fx.explainer import ExplainableGraphModule
+    from attnlrp_fx.explanation import Explanation
+    from attnlrp_fx.ledger import Ledger
+    from attnlrp_fx.rules import (
+        Attention,
+        Constant,
+        Epsilon,
+        Gradient,
+        Identity,
+        Rule,
+        StatisticConstant,
+        Taylor,
+        Uniform,
+        Winner,
+    )
+    from attnlrp_fx.targets import Contrast, Logit, LogProb
 
 __version__ = "0.1.0"
 
@@ -75,3 +79,52 @@ __all__ = [
     "compile",
     "explain",
 ]
+
+_HOMES = {
+    "compiler": ("compile", "explain"),
+    "composites": ("COMPOSITES", "Composite", "Match"),
+    "errors": (
+        "AttnLRPError",
+        "BackendError",
+        "CaptureError",
+        "InputError",
+        "MissingExtraError",
+        "ModelNotFoundError",
+        "NonFiniteError",
+        "PassError",
+        "RuleError",
+        "TargetError",
+    ),
+    "explainer": ("ExplainableGraphModule",),
+    "explanation": ("Explanation",),
+    "ledger": ("Ledger",),
+    "rules": (
+        "Attention",
+        "Constant",
+        "Epsilon",
+        "Gradient",
+        "Identity",
+        "Rule",
+        "StatisticConstant",
+        "Taylor",
+        "Uniform",
+        "Winner",
+    ),
+    "targets": ("Contrast", "Logit", "LogProb"),
+}
+"""Where each name lives. A name is imported when it is first used: PyTorch takes seconds to import,
+and `attnlrp-fx --help` has no use for it."""
+
+if not TYPE_CHECKING:  # a type checker reads the imports above, and still finds a wrong name
+
+    def __getattr__(name: str) -> Any:
+        for module, names in _HOMES.items():
+            if name in names:
+                value = getattr(import_module(f"attnlrp_fx.{module}"), name)
+                globals()[name] = value
+                return value
+        raise AttributeError(f"module 'attnlrp_fx' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -27,14 +27,10 @@ def explained_values(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that carry relevance from the graph's sources to its outputs."""
     forward: set[fx.Node] = set()
     for node in graph.nodes:
+        is_call = node.op in ("call_function", "call_module") and not is_shape_only(node)
         depends = node.target is ops.source or any(leaf in forward for leaf in node.all_input_nodes)
-        if (
-            node.op in ("call_function", "call_module")
-            and depends
-            and _is_floating(node.meta.get("val"))
-        ):
-            if not is_shape_only(node):
-                forward.add(node)
+        if is_call and depends and _is_floating(node.meta.get("val")):
+            forward.add(node)
     reaching: set[fx.Node] = set()
     stack = [leaf for leaf in graph.output_node().all_input_nodes if leaf in forward]
     while stack:

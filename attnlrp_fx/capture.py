@@ -78,12 +78,16 @@ def capture(
             )
         args, kwargs = model.example_inputs
         return _captured(model, [*pytree.tree_leaves(args), *pytree.tree_leaves(kwargs)], {}, ())
-    if model.training:
+    training = [name or "the model" for name, part in model.named_modules() if part.training]
+    if training:
         raise CaptureError(
             "the model is in training mode",
+            where=training[0],
             why="dropout and batch statistics would make explanations random",
             remedy="call model.eval() first",
         )
+    if inputs is None:
+        raise InputError("there are no example inputs", remedy="pass them as compile's inputs=")
     named = bind(model, inputs)
     with ExitStack() as stack:
         notes = tuple(stack.enter_context(_capturable(model, named)))
@@ -123,10 +127,21 @@ def _export_dynamic(
 
 
 def _export(model: nn.Module, example: dict[str, Any], shapes: Any) -> ExportedProgram:
+    if isinstance(shapes, Mapping):
+        shapes = _by_parameter(model, shapes)
     try:
         return torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise _capture_error(model, error) from error
+
+
+def _by_parameter(model: nn.Module, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Shapes by forward's parameters: those of further keywords stand under its `**kwargs`."""
+    parameters = inspect.signature(model.forward).parameters
+    further = {name: shape for name, shape in shapes.items() if name not in parameters}
+    named = {name: shape for name, shape in shapes.items() if name in parameters}
+    rest = [name for name, p in parameters.items() if p.kind is p.VAR_KEYWORD]
+    return {**named, rest[0]: further} if further and rest else dict(shapes)
 
 
 def bind(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -241,7 +256,8 @@ def _enlarged(inputs: dict[str, Any]) -> dict[str, Any]:
         dims = {d for d in doubled if d < leaf.dim() and (d == 0 or not leaf.is_floating_point())}
         return leaf.repeat([2 if d in dims else 1 for d in range(leaf.dim())])
 
-    return pytree.tree_map(enlarge, inputs)
+    enlarged: dict[str, Any] = pytree.tree_map(enlarge, inputs)
+    return enlarged
 
 
 def _auto_shapes(inputs: dict[str, Any], dynamic: Sequence[int] | None = None) -> dict[str, Any]:
@@ -279,7 +295,7 @@ def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs by placeholder name: a nested argument's tensors are named by their path."""
     flat: dict[str, Any] = {}
     for name, value in inputs.items():
-        if isinstance(value, Mapping | list | tuple):
+        if isinstance(value, Mapping | list | tuple) and _has_tensors(value):
             for path, leaf in pytree.tree_flatten_with_path(value)[0]:
                 keys = (str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
                 flat["_".join((name, *keys))] = leaf
@@ -293,7 +309,7 @@ def _flat(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph = graph_module.graph
     for node in graph.find_nodes(op="placeholder"):
         if not isinstance(node.meta.get("val"), Tensor):
-            node.replace_all_uses_with(node.meta.get("val"))  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.meta.get("val"))
             graph.erase_node(node)
     graph.set_codegen(fx.graph.CodeGen())
     return fx.GraphModule(graph_module, graph)

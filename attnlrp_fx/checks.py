@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from attnlrp_fx.errors import InputError, NonFiniteError
 from attnlrp_fx.operators import is_op
@@ -102,7 +103,7 @@ class InputChecks:
             for dim, (size, expected) in enumerate(
                 zip(value.shape, self.examples[name].shape, strict=True)
             ):
-                if isinstance(expected, int):
+                if is_concrete_int(expected):
                     if size != expected:
                         raise InputError(
                             f"input '{name}' has shape {tuple(value.shape)}",
@@ -118,7 +119,7 @@ class InputChecks:
                     )
 
     def _check_indices(self, values: list[Tensor]) -> None:
-        """Token ids always; positions that follow from the sizes, once for each new set of sizes."""
+        """Token ids always; positions that follow from the sizes, once for each set of sizes."""
         by_name = dict(zip(self.examples, values, strict=True))
         for node, name, rows in self.lookups:
             if name is not None:
@@ -127,9 +128,18 @@ class InputChecks:
         if self.positions is None or sizes in self._checked_sizes:
             return
         computed = [entry for entry in self.lookups if entry[1] is None]
-        with torch.no_grad():
-            for (node, _, rows), index in zip(computed, self.positions(*values), strict=True):
-                self._check_range(node, index, rows, None)
+        try:
+            with torch.no_grad():
+                positions = self.positions(*values)
+        except (RuntimeError, IndexError) as error:
+            longest = max(rows for _, _, rows in computed)
+            raise InputError(
+                "the sequence is too long for the model's table of positions",
+                why=str(error).strip().splitlines()[0],
+                remedy=f"shorten the inputs (truncation=True, max_length={longest})",
+            ) from error
+        for (node, _, rows), index in zip(computed, positions, strict=True):
+            self._check_range(node, index, rows, None)
         self._checked_sizes.add(sizes)
 
     def _check_range(self, node: fx.Node, index: Tensor, rows: int, what: str | None) -> None:

@@ -146,7 +146,8 @@ def explain(
         tokenizer=tokenizer,
         **options,
     )
-    return explainer(inputs)
+    explanation: Explanation = explainer(inputs)
+    return explanation
 
 
 def tokenize(tokenizer: Any, text: str | Sequence[str]) -> dict[str, Any]:

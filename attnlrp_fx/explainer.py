@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class ExplainerOptions:
     """The default target of calls; None: the highest logit of the last token."""
     audit: bool = False
     """Whether programs return the ledger."""
-    labels: Labels = Labels()
+    labels: Labels = field(default_factory=Labels)
     on_stage: Stage | None = None
     """Told what is being done, for progress displays."""
 
@@ -170,7 +170,7 @@ class ExplainableGraphModule(nn.Module):
             values[f"seed_{i}"] = seeds[i] if i in seeds else torch.zeros_like(flat[i])
         read = compiled.relevance(*[values[name] for name in compiled.relevance_inputs])
         explained = compiled.program.explained
-        relevance = {n: r for n, r in sorted(zip(explained, read, strict=False))}
+        relevance = dict(zip(explained, read, strict=False))
         ledger = (
             self._ledger(compiled.program, chosen, flat, seeds, relevance, read[len(explained) :])
             if self._options.audit

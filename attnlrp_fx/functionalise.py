@@ -52,9 +52,9 @@ def inline_regions(graph_module: fx.GraphModule) -> None:
         inputs = node.args[node.args.index(body_node) + 1 :]
         values = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
         with graph.inserting_before(node):
-            outputs = graph.graph_copy(body.graph, values)  # type: ignore[arg-type]
+            outputs: Any = graph.graph_copy(body.graph, values)
         for user in list(node.users):
-            user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index]
+            user.replace_all_uses_with(outputs[user.args[1]])
             graph.erase_node(user)
         graph.erase_node(node)
         if not body_node.users:

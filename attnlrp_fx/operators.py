@@ -51,138 +51,31 @@ class Product:
     """The arguments that are added to the product (a bias)."""
 
 
-VIEWS = [
-    "alias",
-    "contiguous",
-    "expand",
-    "expand_as",
-    "flatten",
-    "lift_fresh_copy",
-    "movedim",
-    "narrow",
-    "permute",
-    "reshape",
-    "select",
-    "slice",
-    "split",
-    "split_with_sizes",
-    "chunk",
-    "squeeze",
-    "swapaxes",
-    "t",
-    "transpose",
-    "unbind",
-    "unflatten",
-    "unfold",
-    "unsqueeze",
-    "view",
-    "_unsafe_view",
-    "_reshape_alias",
-    "view_as",
-    "diagonal",
-    "real",
-    "imag",
-    "view_as_real",
-    "view_as_complex",
-    "unsafe_split",
-]
+VIEWS = """
+    alias contiguous expand expand_as flatten lift_fresh_copy movedim narrow permute reshape
+    select slice split split_with_sizes chunk squeeze swapaxes t transpose unbind unflatten
+    unfold unsqueeze view _unsafe_view _reshape_alias view_as diagonal real imag view_as_real
+    view_as_complex unsafe_split
+""".split()
 
 CASTS = ["_to_copy", "to", "type_as", "clone"]
 
-LINEAR = [
-    "add",
-    "sub",
-    "rsub",
-    "neg",
-    "cat",
-    "stack",
-    "hstack",
-    "vstack",
-    "concat",
-    "copy",
-    "sum",
-    "mean",
-    "cumsum",
-    "flip",
-    "roll",
-    "repeat",
-    "repeat_interleave",
-    "tile",
-    "pad",
-    "constant_pad_nd",
-    "reflection_pad1d",
-    "reflection_pad2d",
-    "reflection_pad3d",
-    "replication_pad1d",
-    "replication_pad2d",
-    "replication_pad3d",
-    "index",
-    "index_select",
-    "gather",
-    "take",
-    "take_along_dim",
-    "where",
-    "masked_fill",
-    "masked_scatter",
-    "masked_select",
-    "scatter",
-    "scatter_add",
-    "slice_scatter",
-    "select_scatter",
-    "diagonal_scatter",
-    "index_put",
-    "_unsafe_index",
-    "_unsafe_index_put",
-    "index_add",
-    "index_copy",
-    "tril",
-    "triu",
-    "diag_embed",
-    "im2col",
-    "col2im",
-    "avg_pool1d",
-    "avg_pool2d",
-    "avg_pool3d",
-    "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d",
-    "_adaptive_avg_pool2d",
-    "_adaptive_avg_pool3d",
-    "upsample_nearest1d",
-    "upsample_nearest2d",
-    "upsample_nearest3d",
-    "upsample_linear1d",
-    "upsample_bilinear2d",
-    "upsample_bicubic2d",
-    "upsample_trilinear3d",
-    "_upsample_bicubic2d_aa",
-    "_upsample_bilinear2d_aa",
-    "_upsample_nearest_exact2d",
-    "grid_sampler",
-    "grid_sampler_2d",
-    "batch_norm",
-    "_native_batch_norm_legit_no_training",
-    "pixel_shuffle",
-    "pixel_unshuffle",
-    "channel_shuffle",
-    "fft_fft",
-    "fft_ifft",
-    "fft_fftn",
-    "fft_ifftn",
-    "fft_rfft",
-    "fft_irfft",
-    "fft_fft2",
-    "complex",
-    "conj",
-    "_conj",
-    "resolve_conj",
-    "resolve_neg",
-    "dropout",
-    "feature_dropout",
-    "nan_to_num",
-    "trace",
-    "rot90",
-]
+LINEAR = """
+    add sub rsub neg cat stack hstack vstack concat copy sum mean cumsum flip roll repeat
+    repeat_interleave tile pad constant_pad_nd reflection_pad1d reflection_pad2d
+    reflection_pad3d replication_pad1d replication_pad2d replication_pad3d index index_select
+    gather take take_along_dim where masked_fill masked_scatter masked_select scatter
+    scatter_add slice_scatter select_scatter diagonal_scatter index_put _unsafe_index
+    _unsafe_index_put index_add index_copy tril triu diag_embed im2col col2im avg_pool1d
+    avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d
+    upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
+    upsample_trilinear3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa
+    _upsample_nearest_exact2d grid_sampler grid_sampler_2d batch_norm
+    _native_batch_norm_legit_no_training pixel_shuffle pixel_unshuffle channel_shuffle fft_fft
+    fft_ifft fft_fftn fft_ifftn fft_rfft fft_irfft fft_fft2 complex conj _conj resolve_conj
+    resolve_neg dropout feature_dropout nan_to_num trace rot90
+""".split()
 
 PRODUCTS = {
     "mul": Product((0, 1)),
@@ -207,135 +100,39 @@ PRODUCTS = {
     "conv_transpose3d": Product((0, 1), (2,)),
 }
 
-ACTIVATIONS = [
-    "abs",
-    "acos",
-    "asin",
-    "asinh",
-    "atan",
-    "celu",
-    "clamp",
-    "clamp_max",
-    "clamp_min",
-    "cos",
-    "cosh",
-    "elu",
-    "erf",
-    "erfc",
-    "exp",
-    "exp2",
-    "expm1",
-    "gelu",
-    "hardshrink",
-    "hardsigmoid",
-    "hardswish",
-    "hardtanh",
-    "leaky_relu",
-    "log",
-    "log10",
-    "log1p",
-    "log2",
-    "log_sigmoid",
-    "logit",
-    "mish",
-    "pow",
-    "prelu",
-    "reciprocal",
-    "relu",
-    "relu6",
-    "rsqrt",
-    "selu",
-    "sigmoid",
-    "silu",
-    "sin",
-    "sinh",
-    "softplus",
-    "softshrink",
-    "sqrt",
-    "square",
-    "tan",
-    "tanh",
-    "threshold",
-]
+ACTIVATIONS = """
+    abs acos asin asinh atan celu clamp clamp_max clamp_min cos cosh elu erf erfc exp exp2
+    expm1 gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log log10 log1p log2
+    log_sigmoid logit mish pow prelu reciprocal relu relu6 rsqrt selu sigmoid silu sin sinh
+    softplus softshrink sqrt square tan tanh threshold
+""".split()
 
 SOFTMAX = ["softmax", "_softmax", "log_softmax", "_log_softmax"]
 
 NORMS = ["layer_norm", "group_norm", "rms_norm"]
 
-REDUCTIONS = [
-    "var",
-    "std",
-    "var_mean",
-    "std_mean",
-    "linalg_vector_norm",
-    "norm",
-    "logsumexp",
-    "prod",
-    "cumprod",
-    "logcumsumexp",
-]
+REDUCTIONS = """
+    var std var_mean std_mean linalg_vector_norm norm logsumexp prod cumprod logcumsumexp
+""".split()
 
-SELECTIONS = [
-    "max",
-    "min",
-    "amax",
-    "amin",
-    "topk",
-    "sort",
-    "max_pool1d",
-    "max_pool2d",
-    "max_pool3d",
-    "max_pool2d_with_indices",
-    "max_pool3d_with_indices",
-    "adaptive_max_pool1d",
-    "adaptive_max_pool2d",
-    "kthvalue",
-    "median",
-    "cummax",
-    "cummin",
-]
+SELECTIONS = """
+    max min amax amin topk sort max_pool1d max_pool2d max_pool3d max_pool2d_with_indices
+    max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d kthvalue median cummax
+    cummin
+""".split()
 
 ELEMENTWISE_SELECTIONS = ["maximum", "minimum", "fmax", "fmin"]
 """Selections between two values; of one value and constants, they are activations."""
 
-SHAPE_ONLY = [
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "empty_like",
-    "rand_like",
-    "randn_like",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "new_empty",
-    "detach",
-    "detach_",
-    "sign",
-    "floor",
-    "ceil",
-    "round",
-    "trunc",
-    "sgn",
-    "heaviside",
-    "bernoulli",
-]
+SHAPE_ONLY = """
+    zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full
+    new_empty detach detach_ sign floor ceil round trunc sgn heaviside bernoulli
+""".split()
 """Ops whose derivative is zero everywhere: what they return is a constant."""
 
-ELEMENTWISE_LINEAR = [
-    "add",
-    "sub",
-    "rsub",
-    "neg",
-    "mul",
-    "div",
-    "masked_fill",
-    "where",
-    "_to_copy",
-    "to",
-    "type_as",
-    "clone",
-]
+ELEMENTWISE_LINEAR = """
+    add sub rsub neg mul div masked_fill where _to_copy to type_as clone
+""".split()
 """Linear ops that an elementwise region may contain."""
 
 

@@ -94,5 +94,7 @@ def is_explained(node: fx.Node) -> bool:
     """Whether a node of a rewritten graph carries relevance."""
     if node.target is operator.getitem:
         value = node.meta["val"]
-        return is_explained(node.args[0]) and (value.is_floating_point() or value.is_complex())
+        owner = node.args[0]
+        assert isinstance(owner, fx.Node)
+        return is_explained(owner) and (value.is_floating_point() or value.is_complex())
     return node.target is source or node.target in RELEVANCE_OPS

@@ -87,7 +87,7 @@ def _minimum_cut(
     recompute: bool,
 ) -> list[fx.Node]:
     """The values to save, in the graph's order."""
-    flow = nx.DiGraph()
+    flow: nx.DiGraph[Any] = nx.DiGraph()
     flow.add_nodes_from(("inputs", "relevance"))
     unseeded = wanted - seeded
     candidates = [n for n in graph.nodes if n in unseeded and n.op == "call_function"]

@@ -56,7 +56,7 @@ def target_name(target: object) -> str:
 
 
 def _readable(path: str) -> str:
-    """The path as the user writes it: export calls the root 'L['self']' and keeps '._modules[..]'."""
+    """The path as the user writes it, without export's `L['self']` and `._modules['..']`."""
     path = re.sub(r"L\['self'\]\.?", "", path)
     path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
     return path.lstrip(".")

@@ -79,7 +79,7 @@ def difference_quotient(function: Callable[[Tensor], Tensor], x: Tensor, output:
 
 def _derivative(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """f'(x), element by element."""
-    output, pull = torch.func.vjp(function, x)
+    output, pull = torch.func.vjp(function, x)[:2]
     return pull(torch.ones_like(output))[0]  # type: ignore[no-any-return]
 
 
@@ -110,7 +110,7 @@ class _Divisible(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         plain = fx.node.map_aggregate(args, _plain)
-        output = super().call_function(target, plain, kwargs)  # type: ignore[arg-type]
+        output = super().call_function(target, plain, kwargs)
         closed = _closed_form(target, args, kwargs, output)
         return output if closed is None else _Value(output, closed)
 
@@ -143,8 +143,8 @@ def _closed_form(
             return lambda x: first.quotient(x) + sign * args[1].quotient(x)
         case "neg":
             return lambda x: -first.quotient(x)
-        case "pow" if divisible[0] and isinstance(rest[0], int | float) and rest[0] >= 1:
-            return lambda x: first.quotient(x) * first.value ** (rest[0] - 1)
+        case "pow" if divisible[0] and isinstance(rest[0], int | float) and rest[0] > 0:
+            return lambda x: first.quotient(x) * _power(first.value, rest[0])
         case "square":
             return lambda x: first.quotient(x) * first.value
         case "_to_copy" | "to" | "clone":
@@ -161,6 +161,11 @@ def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
 
 def _leaky(x: Tensor, slope: float = 0.01) -> Tensor:
     return torch.where(x > 0, 1.0, torch.full_like(x, slope))
+
+
+def _elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
+    negative = _divided(torch.expm1, 1.0)(x.clamp(max=0) * input_scale)
+    return scale * torch.where(x > 0, 1.0, alpha * input_scale * negative)
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
@@ -182,21 +187,16 @@ _FACTORS: dict[Any, Callable[..., Tensor]] = {
     aten.leaky_relu: _leaky,
     aten.prelu: lambda x, w: torch.where(x > 0, 1.0, w.reshape((-1,) + (1,) * (x.dim() - 2))),
     aten.hardswish: lambda x: F.relu6(x + 3) / 6,
-    aten.abs: torch.sign,
+    aten.abs: torch.sgn,
     aten.tanh: _divided(torch.tanh, 1.0),
     aten.sin: _divided(torch.sin, 1.0),
     aten.erf: _divided(torch.erf, 2 / math.sqrt(math.pi)),
     aten.expm1: _divided(torch.expm1, 1.0),
     aten.log1p: _divided(torch.log1p, 1.0),
     aten.atan: _divided(torch.atan, 1.0),
-    aten.elu: lambda x, alpha=1.0, scale=1.0, input_scale=1.0: (
-        scale
-        * torch.where(
-            x > 0,
-            1.0,
-            alpha * _divided(torch.expm1, 1.0)(x.clamp(max=0) * input_scale) * input_scale,
-        )
-    ),
+    aten.elu: _elu,
+    aten.celu: lambda x, alpha=1.0: _elu(x, alpha, input_scale=1 / alpha),
+    aten.sqrt: lambda x: _power(x, 0.5),
     aten.reciprocal: lambda x: x**-2,
     aten.rsqrt: lambda x: x**-1.5,
     aten.log: lambda x: torch.log(x) / x,

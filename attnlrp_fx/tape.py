@@ -6,7 +6,7 @@ The tape runs on real tensors (the eager oracle of the tests) and under a tracer
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,13 +92,14 @@ class Tape(fx.Interpreter):
     def _call(self, node: fx.Node) -> Call:
         """The node's call as a function of its explained inputs."""
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        op, *args = args
+        op, args = args[0], args[1:]
         own = _parameters(node)
         parameters = {key: value for key, value in kwargs.items() if key in own}
         kwargs = {key: value for key, value in kwargs.items() if key not in own}
-        slots: list[tuple[int | str, fx.Node]] = [
+        arguments: list[tuple[int | str, Any]] = [*enumerate(node.args[1:]), *node.kwargs.items()]
+        slots = [
             (position, leaf)
-            for position, argument in (*enumerate(node.args[1:]), *node.kwargs.items())
+            for position, argument in arguments
             for leaf in leaves(argument)
             if ops.is_explained(leaf)
         ]
@@ -144,7 +145,7 @@ class Tape(fx.Interpreter):
         reading = Reading(relevance={})
         for node, seed in seeds.items():
             _add(coefficients, node, seed)
-        for node in reversed(list(self.module.graph.nodes)):
+        for node in reversed(list(self._nodes())):
             with self.annotate(node, "relevance"):
                 if node in relevance:
                     self._carry(node, relevance, reading)
@@ -157,13 +158,19 @@ class Tape(fx.Interpreter):
                     self._pull(node, coefficients, reading if audit else None)
         return reading
 
+    def _nodes(self) -> Iterable[fx.Node]:
+        assert isinstance(self.module, fx.GraphModule)
+        return self.module.graph.nodes
+
     def _pull(
         self, node: fx.Node, coefficients: dict[fx.Node, Any], audited: Reading | None
     ) -> None:
         """Take one node's coefficient to its explained inputs."""
         c = coefficients.pop(node)
         if node.target is operator.getitem:
-            _add(coefficients.setdefault(node.args[0], {}), node.args[1], c)
+            owner, part = node.args
+            assert isinstance(owner, fx.Node)
+            _add(coefficients.setdefault(owner, {}), part, c)
             return
         call = self.calls[node]
         inputs = [leaf for leaf in leaves((node.args[1:], node.kwargs)) if ops.is_explained(leaf)]
@@ -176,22 +183,23 @@ class Tape(fx.Interpreter):
             if coefficient is not None:
                 _add(coefficients, leaf, coefficient)
         if audited is not None:
+            assert callable(node.target)
             audited.sums[node.name] = node_sums(node.target, call, output, c, pulled)
 
     def _relevance_of_source(self, node: fx.Node, c: Tensor) -> Tensor:
         """R = x·c of a source in float32 or better, summed over the features of tokens."""
-        value = self.env[node]
+        value: Tensor = self.env[node]
         dtype = torch.promote_types(value.dtype, torch.float32)
         relevance = value.to(dtype) * c.to(dtype)
         ids = node.kwargs.get("ids")
-        if ids is None:
+        if not isinstance(ids, fx.Node):
             return relevance
         return relevance.sum(tuple(range(self.env[ids].dim(), value.dim())))
 
     def _carry(self, node: fx.Node, relevance: dict[fx.Node, Tensor], reading: Reading) -> None:
         """Take relevance from looked-up indices to the model input that they were read from."""
         if node.op == "placeholder":
-            reading.relevance[node.name] = relevance.pop(node)
+            reading.relevance[str(node.target)] = relevance.pop(node)
             return
         for leaf, carried in carry(node, relevance.pop(node), self.env):
             _add(relevance, leaf, carried)
@@ -199,6 +207,7 @@ class Tape(fx.Interpreter):
 
 def _parameters(node: fx.Node) -> Sequence[str]:
     """The keyword arguments of a relevance op that are its rule's, not the wrapped op's."""
+    assert callable(node.target)
     return ops.RULE_PARAMETERS.get(node.target, ())
 
 

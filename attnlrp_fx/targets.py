@@ -209,21 +209,27 @@ def _scores(outputs: Outputs, name: str | None, position: Index) -> Tensor:
     scores = named[name]
     if scores.dim() == 0:
         raise TargetError(f"output '{name}' is a single number, it has no rows")
+    if position is not None and scores.dim() != 3:
+        raise TargetError(
+            f"output '{name}' has no sequence to take position {position} of",
+            why=f"its shape is {tuple(scores.shape)}, not (batch, sequence, classes)",
+            remedy="leave position out",
+        )
     if scores.dim() == 1:
         scores = scores[:, None]
     elif scores.dim() == 3:
         rows = torch.arange(scores.shape[0], device=scores.device)
-        scores = scores[rows, _positions(position, scores, outputs.masks)]
+        scores = scores[rows, _positions(position, scores, outputs)]
     elif scores.dim() > 3:
         scores = scores.flatten(1)
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-def _positions(position: Index, scores: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+def _positions(position: Index, scores: Tensor, outputs: Outputs) -> Tensor:
     """(batch,) positions in a (batch, sequence, classes) output."""
     if position is not None:
         return _checked(position, scores.shape[0], scores.shape[1], "position", scores.device)
-    mask = _mask_of(scores, masks)
+    mask = _mask_of(scores, outputs)
     length = scores.shape[1]
     if mask is None:
         return torch.full((scores.shape[0],), length - 1, device=scores.device)
@@ -237,12 +243,12 @@ def _positions(position: Index, scores: Tensor, masks: Mapping[str, Tensor]) -> 
     return (steps * (mask != 0)).argmax(1)
 
 
-def _mask_of(scores: Tensor, masks: Mapping[str, Tensor]) -> Tensor | None:
-    """The mask of the sequence that the scores belong to: the decoder's, where there is one."""
-    decoding = [name for name in masks if name.startswith("decoder")]
-    for name in decoding or masks:
-        if masks[name].shape == scores.shape[:2]:
-            return masks[name].to(scores.device)
+def _mask_of(scores: Tensor, outputs: Outputs) -> Tensor | None:
+    """The mask of the sequence that the scores belong to: the decoder's, if there is an encoder."""
+    decoding = any(name.startswith("encoder") for name in outputs.named)
+    for name, mask in outputs.masks.items():
+        if name.startswith("decoder") is decoding and mask.shape == scores.shape[:2]:
+            return mask.to(scores.device)
     return None
 
 

@@ -17,8 +17,6 @@ from attnlrp_fx.operators import aten, is_op, is_structural
 MOVES = [
     "cat",
     "stack",
-    "where",
-    "masked_fill",
     "slice_scatter",
     "select_scatter",
     "flip",
@@ -63,6 +61,11 @@ def moved_inputs(node: fx.Node) -> list[fx.Node]:
         candidates = list(node.args[1:])
     elif is_op(node, "cat", "stack"):
         candidates = list(node.args[0])  # type: ignore[arg-type]
+    elif is_op(node, "masked_fill"):
+        candidates = [node.args[0]]
+    elif is_op(node, "index_put"):
+        accumulates = len(node.args) > 3 and node.args[3]
+        candidates = [] if accumulates else [node.args[0], node.args[2]]
     elif is_op(node, *MOVES):
         candidates = list(node.args[:2])
     else:
@@ -98,10 +101,11 @@ def carry(
             return found.to(relevance.dtype) if is_index and moves_it else found
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        moved: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+        return moved
 
     shadows = [env[leaf].to(relevance.dtype) for leaf in inputs]
-    _, pull = torch.func.vjp(move, *shadows)
+    pull = torch.func.vjp(move, *shadows)[1]
     yield from zip(inputs, pull(relevance), strict=True)
 
 
@@ -110,7 +114,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _is_floating(node: fx.Node) -> bool:
-    return node.meta["val"].is_floating_point()
+    return bool(node.meta["val"].is_floating_point())
 
 
 __all__ = ["aten", "carry", "moved_inputs", "origin", "table_and_indices"]

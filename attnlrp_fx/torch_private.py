@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 @contextmanager
 def unlike_symbols() -> Iterator[None]:
     """Give every dynamic dimension a symbol of its own while a model is captured."""
-    with symbolic_shapes_config.patch(use_duck_shape=False):
+    with symbolic_shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         yield
 
 

@@ -1,8 +1,8 @@
 """The transposes of the linear ops that most of a graph consists of, written out.
 
-A linear op's pullback is its transpose, which `torch.func.vjp` finds for any op. For the ops of this
-table it is one line, and tracing that line is several times faster. A bias does not come in: traced
-under functorch, a linear layer with a bias reads its input's sizes as plain numbers.
+A linear op's pullback is its transpose, which `torch.func.vjp` finds for any op. For the ops of
+this table it is one line, and tracing that line is several times faster. For a linear layer it is
+needed, too: traced under functorch, one with a bias reads its input's sizes as plain numbers.
 """
 
 from collections.abc import Callable, Sequence

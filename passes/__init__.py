@@ -1,6 +1,6 @@
 """The passes, one a file, and the pipeline, one ordered tuple.
 
-A user passes a longer tuple to `attnlrp_fx.compile(..., passes=(*PIPELINE[:-1], mine, PIPELINE[-1]))`.
+A user passes a longer tuple: `compile(..., passes=(*PIPELINE[:-1], mine, PIPELINE[-1]))`.
 """
 
 from torch import fx
@@ -48,7 +48,8 @@ def verify(graph_module: fx.GraphModule, name: str) -> None:
     except RuntimeError as error:
         raise PassError(f"pass '{name}' left an invalid graph", why=str(error)) from error
     for node in graph_module.graph.nodes:
-        if node.op in ("call_function", "placeholder") and "val" not in node.meta:
+        is_value = node.op == "placeholder" or (node.op == "call_function" and node.users)
+        if is_value and "val" not in node.meta:
             raise PassError(f"pass '{name}' left node '{node.name}' without meta['val']")
 
 

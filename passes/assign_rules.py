@@ -10,6 +10,7 @@ gradient fallback was asked for; then the report says so.
 import operator
 from collections import Counter
 from collections.abc import Set
+from typing import Any
 
 from torch import fx
 
@@ -30,8 +31,9 @@ def assign_rules(graph_module: fx.GraphModule, context: PassContext) -> PassResu
     """
     result = PassResult("assign_rules")
     graph = graph_module.graph
-    explained = {node for node in explained_values(graph) if not ops.is_explained(node)}
-    role_of = roles(graph, explained)
+    values = explained_values(graph)
+    explained = {node for node in values if "rule" not in node.meta and not ops.is_explained(node)}
+    role_of = roles(graph, values)
     live = {node for node in graph.nodes if ops.is_explained(node)}
     rules: dict[fx.Node, tuple[Kind, Rule]] = {}
     for node in graph.nodes:
@@ -75,7 +77,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, kind: Kind, rule: Rule) -> None:
         graph.erase_node(node)
         return
     assert rule.op is not None
-    op = node.target
+    op: Any = node.target
     if node.op == "call_module":
         with graph.inserting_before(node):
             op = graph.get_attr(str(node.target))

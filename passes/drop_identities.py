@@ -39,10 +39,11 @@ def is_identity(node: fx.Node) -> bool:
     if is_op(node, "alias", "lift_fresh_copy"):
         return True
     if is_op(node, "clone", "contiguous"):
-        return not _feeds_view(node)
+        return _same(node.args[0], node) and _same_layout(node.args[0], node)
     if is_op(node, "slice"):
-        _, _, start, end, *step = (*node.args, *(0, 0, sys.maxsize)[len(node.args) - 1 :])
-        return start in (0, None) and end == sys.maxsize and step in ([], [1])
+        defaults = (None, 0, 0, sys.maxsize, 1)
+        start, end, step = (*node.args, *defaults[len(node.args) :])[2:]
+        return bool(start in (0, None) and end == sys.maxsize and step == 1)
     if is_op(node, "_to_copy", "to", "type_as"):
         return _same(node.args[0], node) and not node.kwargs.get("memory_format")
     if is_op(node, "view", "reshape", "expand", "_unsafe_view"):
@@ -50,9 +51,9 @@ def is_identity(node: fx.Node) -> bool:
     return False
 
 
-def _feeds_view(node: fx.Node) -> bool:
-    """Whether a copy is what makes a later view possible."""
-    return any(is_op(user, "view", "_unsafe_view", "view_as_complex") for user in node.users)
+def _same_layout(source: Any, node: fx.Node) -> bool:
+    """Whether a copy has its input's strides: other strides may be what a later view needs."""
+    return list(map(str, source.meta["val"].stride())) == list(map(str, node.meta["val"].stride()))
 
 
 def _same(source: Any, node: fx.Node) -> bool:

@@ -5,6 +5,7 @@
 What remains of an in-place `a.copy_(b)` after functionalisation; a itself does not matter.
 """
 
+import torch
 from torch import Tensor, fx
 
 from attnlrp_fx.operators import aten, is_op
@@ -43,7 +44,7 @@ def _size(graph: fx.Graph, tensor: fx.Node, dim: int) -> int | fx.Node:
     """A tensor's size as a number, or as a node where it is symbolic."""
     value = tensor.meta["val"]
     assert isinstance(value, Tensor)
-    size = value.shape[dim]
+    size: int | torch.SymInt = value.shape[dim]
     if isinstance(size, int):
         return size
     node = graph.call_function(aten.sym_size.int, (tensor, dim))

@@ -8,6 +8,8 @@ parameters: the looked-up vectors carry the relevance, and their sum over featur
 Indices that were computed rather than moved (positions counted from a mask) are constants.
 """
 
+from typing import Any
+
 from torch import Tensor, fx
 
 from attnlrp_fx import ops
@@ -53,7 +55,7 @@ def mark_sources(graph_module: fx.GraphModule, context: PassContext) -> PassResu
 
 
 def _mark(graph: fx.Graph, node: fx.Node, source: fx.Node, ids: fx.Node | None = None) -> None:
-    kwargs = {"name": str(source.target)} | ({} if ids is None else {"ids": ids})
+    kwargs: dict[str, Any] = {"name": str(source.target)} | ({} if ids is None else {"ids": ids})
     with graph.inserting_after(node):
         marked = graph.call_function(ops.source, (node,), kwargs)
     inherit(marked, node, "mark_sources")

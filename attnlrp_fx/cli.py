@@ -1,0 +1,409 @@
+"""The command line: `attnlrp-fx explain "some text"`.
+
+Standard output gets the explanation and nothing else; progress and errors go to standard error.
+Exit codes: 0 done, 1 an error of ours (one line: what, why, what to do), 2 wrong usage.
+
+PyTorch is imported where it is needed, so that `--help` answers at once.
+"""
+
+import atexit
+import gc
+import os
+import traceback
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+
+from attnlrp_fx import __version__
+from attnlrp_fx.errors import (
+    AttnLRPError,
+    CaptureError,
+    InputError,
+    PassError,
+    RuleError,
+)
+from attnlrp_fx.loading import DTYPES, TASKS, load, quiet
+from attnlrp_fx.questions import check_texts, inputs_of, target_of
+
+if TYPE_CHECKING:
+    from attnlrp_fx.explanation import Explanation
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Why did a transformer say that? Attributes what it says to the tokens that it read.",
+)
+
+FIGURES = (".png", ".svg", ".pdf")
+
+_ABOUT_THE_MODEL = (CaptureError, RuleError, PassError)
+"""Errors whose place in the model is half of the message."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"attnlrp-fx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Why did a transformer say that? Attributes what it says to the tokens that it read."""
+
+
+@app.command()
+def explain(
+    texts: Annotated[
+        list[str],
+        typer.Argument(metavar="TEXT", help="What the model reads; several make a batch."),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR_OR_NAME",
+            help="A directory written by save_pretrained, or a name on the model hub. "
+            "[dim]\\[default: a small sentiment classifier in this package][/dim]",
+            rich_help_panel="Model",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help=f"What the model does: {', '.join(TASKS)}. "
+            "[dim]\\[default: what its config says][/dim]",
+            rich_help_panel="Model",
+        ),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="Where it runs: cpu, cuda, cuda:1, mps.", rich_help_panel="Model"
+        ),
+    ] = "cpu",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help=f"In what it computes: {', '.join(DTYPES)}.",
+            rich_help_panel="Model",
+        ),
+    ] = "float32",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABEL",
+            help="What to explain: a label, a class index, or the text of one token; of a span "
+            "model, start or end. [dim]\\[default: the highest][/dim]",
+            rich_help_panel="Question",
+        ),
+    ] = None,
+    position: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Where in the output sequence; negative counts from its end. "
+            "[dim]\\[default: the last token][/dim]",
+            rich_help_panel="Question",
+        ),
+    ] = None,
+    contrast: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL",
+            help="Why the target and not this? Repeat it for several, '*' for all others.",
+            rich_help_panel="Question",
+        ),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="The text that a question is about.",
+            rich_help_panel="Question",
+        ),
+    ] = None,
+    decoder_text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What an encoder-decoder has written so far; its next token is explained. "
+            "[dim]\\[default: nothing yet][/dim]",
+            rich_help_panel="Question",
+        ),
+    ] = None,
+    composite: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="attnlrp, cp-lrp or gradient; [bold]attnlrp-fx composites[/bold] lists them.",
+            rich_help_panel="Method",
+        ),
+    ] = "attnlrp",
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="eager is ready at once, inductor compiles first.",
+            rich_help_panel="Method",
+        ),
+    ] = "eager",
+    fallback: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What becomes of an op without a rule: error, or gradient to use its own.",
+            rich_help_panel="Method",
+        ),
+    ] = "error",
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a web page.", rich_help_panel="Output"),
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the numbers as JSON.", rich_help_panel="Output"),
+    ] = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help=f"Write a picture: {', '.join(FIGURES)}.", rich_help_panel="Output"
+        ),
+    ] = None,
+    audit: Annotated[
+        bool,
+        typer.Option(
+            "--audit",
+            help="Print the ledger: where relevance went and what kept some of it.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            help="Print what each pass did and which rule stands where.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
+    quietly: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel="Output")
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Print an error's traceback.", rich_help_panel="Output"),
+    ] = False,
+) -> None:
+    """Explain what a model says about a text.
+
+    \b
+    attnlrp-fx explain "a gripping, funny film"
+    attnlrp-fx explain --model ./gpt2 --target " Paris" "The capital of France is"
+    """
+    with _one_line_errors(debug), _no_collection():
+        check_texts(texts)
+        for path in (html, json, figure):
+            _check_writable(path)
+        if figure is not None and figure.suffix.lower() not in FIGURES:
+            raise InputError(
+                f"'{figure}' is no format for a picture",
+                remedy=f"end its name with one of: {', '.join(FIGURES)}",
+            )
+        with _stages(quietly) as stage:
+            stage("importing PyTorch")
+            from attnlrp_fx.backends import backend_named
+            from attnlrp_fx.compiler import compile
+            from attnlrp_fx.composites import composite_named
+
+            composite_named(composite)
+            backend_named(backend)
+            stage("loading the model")
+            loaded, tokenizer = load(model, task, device, dtype)
+            with quiet():
+                inputs = inputs_of(loaded, tokenizer, texts, context, decoder_text)
+                wanted = target_of(loaded, tokenizer, target, position, contrast or [])
+                explainer = compile(
+                    loaded,
+                    inputs,
+                    composite=composite,
+                    target=wanted,
+                    backend=backend,
+                    fallback=fallback,
+                    audit=audit,
+                    tokenizer=tokenizer,
+                    dynamic_shapes=None,
+                    on_stage=stage,
+                )
+                stage("explaining")
+                explanation = explainer(inputs)
+            if html or json or figure:
+                stage("writing")
+                _write(explanation, html, json, figure)
+        console = Console(highlight=False)
+        console.print(explanation)
+        if audit:
+            console.print(explanation.ledger)
+        if report:
+            console.print(explainer.report())
+
+
+@app.command()
+def composites(
+    debug: Annotated[bool, typer.Option("--debug", help="Print an error's traceback.")] = False,
+) -> None:
+    """List the composites: which rule stands at which op. The first entry that fits decides."""
+    with _one_line_errors(debug):
+        from attnlrp_fx.composites import COMPOSITES
+
+        console = Console(highlight=False)
+        for name, composite in COMPOSITES.items():
+            table = Table(title=name, title_justify="left", title_style="bold", box=None)
+            table.add_column("", justify="right", style="dim")
+            table.add_column("match")
+            table.add_column("rule", style="cyan")
+            for number, (match, rule) in enumerate(composite.entries, 1):
+                table.add_row(str(number), str(match), str(rule))
+            console.print(table)
+            console.print()
+
+
+# What is written
+
+
+def _check_writable(path: Path | None) -> None:
+    """A place that cannot be written is found before anything slow.
+
+    Raises:
+        InputError: it is a directory, or in none.
+    """
+    if path is None:
+        return
+    directory = path.resolve().parent
+    if path.is_dir():
+        raise InputError(f"cannot write '{path}': it is a directory", remedy="name a file in it")
+    if not directory.is_dir():
+        raise InputError(f"cannot write '{path}': there is no directory '{directory}'")
+    if not os.access(directory, os.W_OK):
+        raise InputError(f"cannot write '{path}': directory '{directory}' is not writable")
+
+
+def _write(
+    explanation: "Explanation", html: Path | None, json: Path | None, figure: Path | None
+) -> None:
+    """Write what was asked for, each file whole or not at all."""
+    if figure is not None:
+        picture = BytesIO()
+        explanation.figure().savefig(picture, format=figure.suffix[1:].lower())
+        goal = figure.resolve()
+        draft = goal.with_name(f".{goal.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            draft.write_bytes(picture.getvalue())
+            draft.replace(goal)
+        finally:
+            draft.unlink(missing_ok=True)
+    if json is not None:
+        explanation.to_json(json)
+    if html is not None:
+        explanation.to_html(html)
+
+
+# What is said meanwhile
+
+
+@contextmanager
+def _stages(quietly: bool) -> Iterator[Callable[[str], None]]:
+    """Show each slow step with its time while it lasts, on standard error.
+
+    A terminal gets a list that is gone when all is done; a file or a pipe gets a line a step.
+    """
+    console = Console(stderr=True, highlight=False)
+    if quietly:
+        yield lambda text: None
+    elif not console.is_terminal:
+        yield lambda text: console.print(f"{text} ...", markup=False)
+    else:
+        columns = (
+            SpinnerColumn(style="cyan", finished_text="[green]✓[/green]"),
+            TextColumn("{task.description}", style="dim"),
+            TextColumn("{task.elapsed:.1f} s", style="cyan"),
+        )
+        with Progress(*columns, console=console, transient=True) as progress:
+
+            def stage(text: str) -> None:
+                for task in progress.tasks:
+                    progress.update(task.id, total=1, completed=1)
+                    progress.stop_task(task.id)
+                progress.add_task(text, total=None)
+
+            yield stage
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Look for no garbage until the command is done, nor at the exit.
+
+    Importing PyTorch and tracing make millions of objects, and most of them stay: going through
+    them again and again takes a third of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    atexit.register(gc.freeze)
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.unfreeze()  # all objects are old now: the next young collection need not look at them
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def _one_line_errors(debug: bool) -> Iterator[None]:
+    """Say what went wrong in one line on standard error, and exit with 1."""
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")
+            yield
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print("error:", style="bold red", end=" ")
+        console.print(_sentence(error), markup=False)
+        raise typer.Exit(1) from error
+
+
+def _sentence(error: Exception) -> str:
+    """What, where, why and what to do, in one line."""
+    if isinstance(error, AttnLRPError):
+        where = error.where if isinstance(error, _ABOUT_THE_MODEL) else ""
+        parts = [error.what, where, error.why, error.remedy]
+    elif isinstance(error, OSError) and error.filename:
+        parts = [f"cannot write '{error.filename}': {error.strerror}"]
+    else:
+        parts = [
+            f"{type(error).__name__}: {error}",
+            "this is a defect of attnlrp-fx; run again with --debug and report what it prints",
+        ]
+    return "; ".join(" ".join(part.split()).rstrip(".") for part in parts if part)
