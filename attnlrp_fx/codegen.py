@@ -128,6 +128,8 @@ def _annotate(node: fx.Node, phase: str) -> Iterator[None]:
 
 
 def _name_inputs(program: fx.GraphModule, names: Sequence[str]) -> None:
+    """Give a traced program flat inputs, each named for what it is."""
+    program.graph.set_codegen(fx.graph.CodeGen())
     placeholders = program.graph.find_nodes(op="placeholder")
     for node, name in zip(placeholders, names, strict=True):
         readable = name.replace(".", "_")

@@ -1,0 +1,80 @@
+"""The traced program: plain ATen, under the model's names, its sizes read off the inputs."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import attnlrp_fx
+from attnlrp_fx import ExplainableGraphModule
+
+
+class Gated(nn.Module):
+    """A norm, a gate and a projection, so that every kind of saved value occurs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.gate = nn.Linear(4, 6)
+        self.up = nn.Linear(4, 6, bias=False)
+        self.down = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return self.down(nn.functional.silu(self.gate(y)) * self.up(y)).mean(1)
+
+
+@pytest.fixture(scope="module")
+def explainer() -> ExplainableGraphModule:
+    torch.manual_seed(0)
+    return attnlrp_fx.compile(Gated().eval(), torch.randn(2, 5, 4), backend="eager")
+
+
+def targets(graph_module: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph_module.graph.nodes if node.op == "call_function"]
+
+
+def test_program_is_plain_aten(explainer: ExplainableGraphModule) -> None:
+    ops = targets(explainer.program)
+    assert not [op for op in ops if "detach" in op or "autograd" in op or "_make_dual" in op]
+    assert all(op.startswith(("aten.", "<built-in function")) for op in ops)
+
+
+def test_parameters_are_inputs_under_the_models_names(explainer: ExplainableGraphModule) -> None:
+    names = [n.meta["name"] for n in explainer.program.graph.find_nodes(op="placeholder")]
+    assert names == [*dict.fromkeys(names)]
+    assert {"norm.weight", "gate.weight", "gate.bias", "up.weight", "x", "seed_0"} <= set(names)
+    assert not explainer.program.graph.find_nodes(op="get_attr")
+
+
+def test_nodes_say_where_they_come_from(explainer: ExplainableGraphModule) -> None:
+    rewritten = {node.name for node in explainer.rewritten.graph.nodes}
+    said = [n.meta["custom"] for n in explainer.program.graph.nodes if "custom" in n.meta]
+    assert {entry["phase"] for entry in said} == {"forward", "relevance"}
+    assert {entry["from"] for entry in said} <= rewritten
+
+
+def test_sizes_are_read_off_the_inputs(explainer: ExplainableGraphModule) -> None:
+    inputs = set(explainer.program.graph.find_nodes(op="placeholder"))
+    reads = explainer.program.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.sym_size.int
+    )
+    assert reads
+    assert all(node.args[0] in inputs for node in reads)
+    sizes = [str(node.meta["val"]) for node in reads]
+    assert len(sizes) == len(set(sizes))
+
+
+def test_program_exports_and_runs_again(explainer: ExplainableGraphModule) -> None:
+    x, seed = torch.randn(2, 5, 4), torch.zeros(2, 3)
+    seed[:, 1] = 1
+    parameters = dict(explainer.model.named_parameters())
+    values: dict[str, Any] = {**parameters, "x": x, "seed_0": seed}
+    placeholders = explainer.program.graph.find_nodes(op="placeholder")
+    arguments = tuple(values[node.meta["name"]] for node in placeholders)
+    exported = torch.export.export(explainer.program, arguments, strict=False)
+    output, relevance = exported.module(check_guards=False)(*arguments)
+    explanation = explainer(x, target=1)
+    torch.testing.assert_close(output, explanation.outputs, rtol=0, atol=0)
+    torch.testing.assert_close(relevance, explanation.relevance["x"], rtol=0, atol=0)

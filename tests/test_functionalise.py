@@ -1,0 +1,70 @@
+"""Functional graphs: decomposed only where needed, equal to the model always."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import export
+
+from attnlrp_fx.functionalise import functional, inline_regions, needs_decomposition
+
+
+class NoGradRegion(nn.Module):
+    """Positions computed without gradients, as rotary embeddings are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            angle = torch.arange(x.shape[-1]).to(x.dtype)
+            cosine, sine = angle.cos(), angle.sin()
+        return x * cosine + x.roll(1, -1) * sine
+
+
+class InPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, 0] = 1.0
+        return y.add_(x)
+
+
+class UnknownOp(nn.Module):
+    """An op that the table does not have, made of ops that it has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.glu(x)
+
+
+class OnlyConstants(nn.Module):
+    """An op outside the table on integers, which relevance never meets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.bincount(torch.arange(3), minlength=4).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("model", "decomposed"),
+    [(NoGradRegion(), False), (InPlace(), True), (UnknownOp(), True), (OnlyConstants(), False)],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_functional(model: nn.Module, decomposed: bool) -> None:
+    x = torch.randn(3, 4)
+    exported = export(model, (x,), strict=False)
+    before = exported.module(check_guards=False)
+    assert isinstance(before, torch.fx.GraphModule)
+    inline_regions(before)
+    assert needs_decomposition(before) == decomposed
+    after = functional(exported)
+    assert not needs_decomposition(after)
+    torch.testing.assert_close(after(x), model(x), rtol=0, atol=0)
+
+
+def test_regions_leave_nothing_behind() -> None:
+    graph_module = export(NoGradRegion(), (torch.randn(3, 4),), strict=False).module()
+    assert isinstance(graph_module, torch.fx.GraphModule)
+    inline_regions(graph_module)
+    targets = [str(node.target) for node in graph_module.graph.nodes]
+    assert not [target for target in targets if "set_grad" in target or "submod" in target]
+
+
+def test_parameters_are_the_models_own() -> None:
+    model = nn.Linear(3, 2)
+    graph_module = functional(export(model, (torch.ones(4, 3),), strict=False))
+    assert dict(graph_module.named_parameters())["weight"] is model.weight
