@@ -6,7 +6,7 @@ is decomposed by PyTorch's own decompositions; in-place ops and no-grad regions 
 are the model's own objects. What a transformers model needs to be captured (no cache, an attention
 implementation in plain ops) is set for the time of the capture and put back.
 
-Every dimension of every input is tried as dynamic; the capture says which ones stayed so.
+Batch and length of every input are tried as dynamic; the capture says which ones stayed so.
 """
 
 import inspect
@@ -63,8 +63,9 @@ def capture(
         model: a module in evaluation mode, or an exported program.
         inputs: example inputs by argument name; a tensor or a tuple for positional arguments; an
             exported program has its own.
-        dynamic_shapes: "auto" tries every dimension of every tensor as dynamic; None fixes all;
-            a mapping goes to `torch.export.export` as it is.
+        dynamic_shapes: "auto" tries every dimension of every tensor as dynamic, of images and
+            videos the batch alone; None fixes all; a mapping goes to `torch.export.export` as it
+            is.
 
     Raises:
         CaptureError: the model cannot be captured, or is in training mode.
@@ -91,7 +92,7 @@ def capture(
     named = bind(model, inputs)
     with ExitStack() as stack:
         notes = tuple(stack.enter_context(_capturable(model, named)))
-        example = _enlarged(named) if dynamic_shapes == "auto" else named
+        example = _enlarged(named) if dynamic_shapes == "auto" else _distinct(named)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(unlike_symbols())
@@ -260,13 +261,25 @@ def _enlarged(inputs: dict[str, Any]) -> dict[str, Any]:
     return enlarged
 
 
+def _distinct(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Example inputs of which no two are one tensor: export would take one for the other."""
+    copied = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
+    assert isinstance(copied, dict)
+    return copied
+
+
 def _auto_shapes(inputs: dict[str, Any], dynamic: Sequence[int] | None = None) -> dict[str, Any]:
-    """Dimensions of every tensor as `Dim.AUTO`, dynamic unless the model fixes them; None: all."""
+    """Dimensions of every tensor as `Dim.AUTO`: dynamic unless the model fixes them.
+
+    None: all of a sequence's; of images and videos the batch. Their height and width are a model's
+    own, and where windows and patches are cut from them, symbolic arithmetic takes minutes.
+    """
 
     def dims(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return None
-        return {d: Dim.AUTO for d in range(leaf.dim()) if dynamic is None or d in dynamic}
+        allowed = range(1 if leaf.dim() > 3 else 3) if dynamic is None else dynamic
+        return {d: Dim.AUTO for d in range(leaf.dim()) if d in allowed}
 
     return {name: pytree.tree_map(dims, value) for name, value in inputs.items()}
 

@@ -109,7 +109,7 @@ ACTIVATIONS = """
 
 SOFTMAX = ["softmax", "_softmax", "log_softmax", "_log_softmax"]
 
-NORMS = ["layer_norm", "group_norm", "rms_norm"]
+NORMS = ["layer_norm", "group_norm", "instance_norm", "rms_norm"]
 
 REDUCTIONS = """
     var std var_mean std_mean linalg_vector_norm norm logsumexp prod cumprod logcumsumexp
@@ -129,6 +129,13 @@ SHAPE_ONLY = """
     new_empty detach detach_ sign floor ceil round trunc sgn heaviside bernoulli
 """.split()
 """Ops whose derivative is zero everywhere: what they return is a constant."""
+
+SUMS = """
+    add sub rsub sum mean cumsum trace avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
+    adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d batch_norm
+    scatter_add index_add col2im
+""".split()
+"""Linear ops, beside products, that add several contributions up to each output."""
 
 ELEMENTWISE_LINEAR = """
     add sub rsub neg mul div masked_fill where _to_copy to type_as clone
@@ -161,6 +168,7 @@ _KINDS: dict[Any, Kind] = {
     **dict.fromkeys(_packets(ELEMENTWISE_SELECTIONS), Kind.SELECTION),
 }
 _PRODUCTS = {getattr(aten, name): product for name, product in PRODUCTS.items()}
+_SUMS = _packets(SUMS)
 _SHAPE_ONLY = _packets(SHAPE_ONLY)
 _ELEMENTWISE = _packets(ACTIVATIONS + ELEMENTWISE_LINEAR + ELEMENTWISE_SELECTIONS)
 _ELEMENTWISE_SELECTIONS = _packets(ELEMENTWISE_SELECTIONS)
@@ -196,6 +204,12 @@ def is_shape_only(node: fx.Node) -> bool:
 def is_elementwise(node: fx.Node) -> bool:
     """Whether a node computes each element of its output from the same element of its inputs."""
     return node.op == "call_function" and packet(node.target) in _ELEMENTWISE
+
+
+def adds_up(op: Any) -> bool:
+    """Whether an op adds several contributions up to each element of its output."""
+    name = packet(op)
+    return name in _SUMS or (name in _PRODUCTS and name is not aten.mul)
 
 
 def is_cheap(node: fx.Node) -> bool:

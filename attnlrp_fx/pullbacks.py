@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from attnlrp_fx import ops
 from attnlrp_fx.operators import aten, packet
@@ -50,6 +51,9 @@ def vjp(call: Call) -> tuple[Any, Pullback]:
         if transpose is not None:
             return output, transpose
 
+    if getattr(call.op, "namespace", "aten") != "aten":
+        return _by_autograd(call)
+
     def function(*primals: Tensor) -> tuple[tuple[Tensor, ...], Any]:
         output = call.function(*primals)
         return tuple(part for part in parts_of(output) if _is_differentiable(part)), output
@@ -62,6 +66,20 @@ def vjp(call: Call) -> tuple[Any, Pullback]:
         return pull(tuple(c for c, y in parts if _is_differentiable(y)))
 
     return output, pullback
+
+
+def _by_autograd(call: Call) -> tuple[Any, Pullback]:
+    """The same for a custom op: functorch cannot differentiate what was registered for one."""
+    with torch.enable_grad():
+        primals = [primal.detach().requires_grad_() for primal in call.primals]
+        tracked = call.function(*primals)
+
+    def pullback(c: Any) -> Any:
+        pairs = zip(parts_of(tracked), parts_of(c), strict=True)
+        outputs, cs = zip(*[(y, c) for y, c in pairs if y.requires_grad], strict=True)
+        return torch.autograd.grad(outputs, primals, cs, retain_graph=True, allow_unused=True)
+
+    return tree_map_only(Tensor, Tensor.detach, tracked), pullback
 
 
 def parts_of(value: Any) -> list[Tensor]:
@@ -79,11 +97,7 @@ def _linear(call: Call) -> tuple[Any, Pullback]:
     epsilon = call.parameters.get("epsilon", 0.0)
     if not epsilon:
         return output, pull
-    if isinstance(output, Tensor):
-        return output, lambda c: pull(stabilised(output, c, epsilon))
-    return output, lambda cs: pull(
-        [stabilised(z, c, epsilon) for z, c in zip(output, cs, strict=True)]
-    )
+    return output, lambda c: pull(stabilised(output, c, epsilon))
 
 
 def stabilised(z: Tensor, c: Tensor, epsilon: float) -> Tensor:
@@ -161,6 +175,29 @@ def _group_norm(
     return output, pullback
 
 
+def _instance_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> tuple[Tensor, Pullback]:
+    """As group norm with a group a channel; with running statistics it is affine."""
+    if use_input_stats:
+        return _group_norm(x, x.shape[1], weight, bias, eps)
+    assert running_mean is not None
+    assert running_var is not None
+    per_channel = (1, -1) + (1,) * (x.dim() - 2)
+    scale = torch.rsqrt(running_var + eps) * (1.0 if weight is None else weight)
+    shift = (0.0 if bias is None else bias) - running_mean * scale
+    scale = scale.reshape(per_channel)
+    return x * scale + shift.reshape(per_channel), lambda c: [c * scale]
+
+
 def _rms_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> tuple[Tensor, Pullback]:
@@ -177,6 +214,7 @@ def _rms_norm(
 _NORMS: dict[Any, Callable[..., tuple[Tensor, Pullback]]] = {
     aten.layer_norm: _layer_norm,
     aten.group_norm: _group_norm,
+    aten.instance_norm: _instance_norm,
     aten.rms_norm: _rms_norm,
 }
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from attnlrp_fx import ops
-from attnlrp_fx.operators import Kind
+from attnlrp_fx.operators import Kind, adds_up
 
 EVERY_KIND = frozenset(Kind) - {Kind.UNKNOWN}
 
@@ -26,6 +26,10 @@ class Rule:
         """The rule's options as the relevance op's keyword arguments."""
         return asdict(self)
 
+    def parameters_at(self, op: object) -> dict[str, Any]:
+        """The options that matter at one op."""
+        return self.parameters()
+
     def __str__(self) -> str:
         fields = ", ".join(f"{key}={value!r}" for key, value in self.parameters().items())
         return f"{type(self).__name__}({fields})"
@@ -41,7 +45,9 @@ class Epsilon(Rule):
     """R_i = Σ_j W_ji x_i R_j / (z_j + ε sign(z_j)) (Achtibat et al. 2024, eq. 8).
 
     In coefficient form c_i = Σ_j W_ji c_j z_j / (z_j + ε sign(z_j)): with ε = 0 the op's own
-    vector-Jacobian product. Holds for every op that is linear in what it explains.
+    vector-Jacobian product. Holds for every op that is linear in what it explains. The stabiliser
+    acts where an op adds contributions up (linear, convolution, sums); a view, a cast or a scaling
+    has one contribution to each output, which gets all of its relevance.
     """
 
     kinds = frozenset({Kind.LINEAR})
@@ -57,6 +63,9 @@ class Epsilon(Rule):
 
     def parameters(self) -> dict[str, Any]:
         return asdict(self) if self.epsilon else {}
+
+    def parameters_at(self, op: object) -> dict[str, Any]:
+        return self.parameters() if adds_up(op) else {}
 
 
 @dataclass(frozen=True)

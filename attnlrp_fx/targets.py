@@ -74,8 +74,8 @@ class Logit:
         """The logits, float32 or better."""
         spans = _span_outputs(outputs) if self.output is None and self.index is None else []
         if spans:
-            parts = [Logit(None, self.position, name).choose(outputs) for name in spans]
-            return Chosen(torch.stack([part.value for part in parts]).sum(0))
+            ends = [_highest_of_span(outputs, name, self.position) for name in spans]
+            return Chosen(torch.stack(ends).sum(0))
         scores = _scores(outputs, self.output, self.position)
         index = _indices(self.index, scores, "index")
         return Chosen(scores.gather(1, index[:, None])[:, 0], index)
@@ -193,6 +193,14 @@ def _span_outputs(outputs: Outputs) -> list[str]:
     return names if "logits" not in outputs.named and len(names) == 2 else []
 
 
+def _highest_of_span(outputs: Outputs, name: str, position: Index) -> Tensor:
+    """The highest start or end logit of a token that is no padding."""
+    scores = _scores(outputs, name, position)
+    mask = _mask_of(scores, outputs)
+    allowed = scores if mask is None else scores.masked_fill(mask == 0, -torch.inf)
+    return scores.gather(1, allowed.argmax(1, keepdim=True))[:, 0]
+
+
 def _scores(outputs: Outputs, name: str | None, position: Index) -> Tensor:
     """The (batch, classes) scores of one output, float32 or better.
 
@@ -245,7 +253,8 @@ def _positions(position: Index, scores: Tensor, outputs: Outputs) -> Tensor:
 
 def _mask_of(scores: Tensor, outputs: Outputs) -> Tensor | None:
     """The mask of the sequence that the scores belong to: the decoder's, if there is an encoder."""
-    decoding = any(name.startswith("encoder") for name in outputs.named)
+    names = (*outputs.named, *outputs.masks)
+    decoding = any(name.startswith(("encoder", "decoder")) for name in names)
     for name, mask in outputs.masks.items():
         if name.startswith("decoder") is decoding and mask.shape == scores.shape[:2]:
             return mask.to(scores.device)

@@ -48,5 +48,5 @@ def typical_size(size: int | torch.SymInt, typical: int) -> float:
 
 def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """Compile a graph of ATen ops with Inductor, dynamic where its placeholders are symbolic."""
-    with torch.no_grad():
+    with torch.no_grad(), unlike_symbols():
         return standalone_compile(graph_module, list(inputs), dynamic_shapes="from_graph")

@@ -89,7 +89,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, kind: Kind, rule: Rule) -> None:
         "constructed_by": node.meta.get("constructed_by", "assign_rules"),
     }
     node.args = (op, *node.args)
-    node.kwargs = {**node.kwargs, **rule.parameters()}
+    node.kwargs = {**node.kwargs, **rule.parameters_at(op)}
     node.target = rule.op
     node.op = "call_function"
 

@@ -1,0 +1,99 @@
+"""Each use of PyTorch's private API, alone: an upgrade that breaks one fails here, by its name."""
+
+import inspect
+
+import pytest
+import torch
+from references import Function
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.testing import assert_close
+
+from attnlrp_fx import torch_private
+from attnlrp_fx.capture import capture
+
+
+def _three_ops(x: Tensor, y: Tensor) -> Tensor:
+    return torch.tanh(x @ y) + x.sum(1, keepdim=True)
+
+
+SAME = {"x": torch.ones(4, 4), "y": torch.ones(4, 4)}
+"""Sizes that are equal by chance."""
+
+
+def _captured(inputs: dict[str, Tensor]) -> fx.GraphModule:
+    return capture(Function(_three_ops).eval(), inputs).graph_module
+
+
+def _symbols(graph_module: fx.GraphModule) -> list[str]:
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    return [str(size) for node in placeholders for size in node.meta["val"].shape]
+
+
+def test_every_function_is_tested() -> None:
+    """A function added to `torch_private` needs a test here."""
+    public = {
+        name
+        for name, value in vars(torch_private).items()
+        if inspect.isfunction(value) and value.__module__ == torch_private.__name__
+    }
+    assert public == {"unlike_symbols", "inductor", "fake_mode_of", "typical_size"}
+
+
+def test_unlike_symbols() -> None:
+    """Equal sizes get symbols apart inside, one symbol outside: torch's default is back."""
+
+    def symbols() -> set[str]:
+        mode = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=False))
+        return set(map(str, mode.from_tensor(torch.ones(4, 4), static_shapes=False).shape))
+
+    with torch_private.unlike_symbols():
+        assert len(symbols()) == 2
+    assert len(symbols()) == 1
+
+
+def test_capture_keeps_symbols_apart() -> None:
+    """batch = length = width in the example: only what the model ties is tied (x's width)."""
+    batch, width, height, columns = _symbols(_captured(SAME))
+    assert width == height
+    assert len({batch, width, columns}) == 3
+
+
+def test_fake_mode_of() -> None:
+    """The mode in which a captured graph's values live; a plain graph has none."""
+    graph_module = _captured(SAME)
+    mode = torch_private.fake_mode_of(graph_module)
+    node = graph_module.graph.find_nodes(op="placeholder")[0]
+    assert node.meta["val"].fake_mode is mode
+    assert mode.shape_env is not None
+    with mode:
+        made = torch.empty(node.meta["val"].shape)
+    assert isinstance(made, FakeTensor)
+    assert str(made.shape[0]) == str(node.meta["val"].shape[0])
+    with pytest.raises(ValueError, match="no fake values"):
+        torch_private.fake_mode_of(fx.symbolic_trace(nn.ReLU()))
+
+
+def test_typical_size() -> None:
+    """Numbers as they are, symbols as what is typical, in any expression of them."""
+    node = _captured(SAME).graph.find_nodes(op="placeholder")[0]
+    batch, width = node.meta["val"].shape
+    assert torch_private.typical_size(7, 64) == 7.0
+    assert torch_private.typical_size(batch, 64) == 64.0
+    assert torch_private.typical_size(2 * batch + 3, 10) == 23.0
+    assert torch_private.typical_size(batch * width, 8) == 64.0
+
+
+def test_inductor() -> None:
+    """One compilation of a graph with symbolic sizes runs at any, batch 1 and equal sizes too."""
+    graph_module = _captured(SAME)
+    examples = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
+    compiled = torch_private.inductor(graph_module, examples)
+    generator = torch.Generator().manual_seed(0)
+    for batch, width, columns in [(4, 4, 4), (1, 5, 3), (7, 2, 11), (3, 3, 1)]:
+        x = torch.randn(batch, width, generator=generator)
+        y = torch.randn(width, columns, generator=generator)
+        with torch.no_grad():
+            (found,) = compiled(x, y)
+        assert_close(found, _three_ops(x, y))
