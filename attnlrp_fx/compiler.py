@@ -16,7 +16,7 @@ from attnlrp_fx.explainer import ExplainableGraphModule, ExplainerOptions, Stage
 from attnlrp_fx.explanation import Explanation
 from attnlrp_fx.labels import Labels
 from attnlrp_fx.passes import PIPELINE, Pass, PassContext, PassResult, run_passes
-from attnlrp_fx.provenance import module_path, source_line, target_name
+from attnlrp_fx.provenance import module_path, short_source, target_name
 from attnlrp_fx.report import Report, RuleCount
 from attnlrp_fx.targets import TargetLike, as_target
 
@@ -186,7 +186,7 @@ def _rule_counts(rewritten: fx.GraphModule) -> tuple[RuleCount, ...]:
             op = node.meta.get("op", node.target)
             key = node.meta["rule"], op if isinstance(op, str) else target_name(op)
             counts[key] += 1
-            first.setdefault(key, f"{module_path(node)} {source_line(node)}".strip())
+            first.setdefault(key, f"{module_path(node)} {short_source(node)}".strip())
     return tuple(RuleCount(*key, n, first[key]) for key, n in counts.most_common())
 
 

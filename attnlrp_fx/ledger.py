@@ -23,6 +23,9 @@ from attnlrp_fx.provenance import module_path, source_line
 from attnlrp_fx.pullbacks import Call, parts_of, stabilised
 from attnlrp_fx.quotients import intercept
 
+TOKENS_MOVED, CONSTANT_TOKENS = "Move()", "tokens that the model puts in"
+"""The entry of an op that moves token indices and puts constant ones among them."""
+
 
 def node_sums(
     relevance_op: ops.Op, call: Call, output: Any, c: Any, pulled: Sequence[Tensor | None]
@@ -105,10 +108,10 @@ def read_ledger(
     entries = [
         Entry(
             node.name,
-            node.meta["rule"],
+            node.meta.get("rule", TOKENS_MOVED),
             module_path(node),
             source_line(node),
-            node.meta["absorbs"],
+            node.meta.get("absorbs", CONSTANT_TOKENS),
             *(float(value) for value in row),
         )
         for node, row in zip(nodes, sums.tolist(), strict=True)
@@ -169,24 +172,23 @@ class Ledger:
         return sorted(absorbing, key=lambda entry: -abs(entry.absorbed))[:count]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title=f"ledger: target {self.target:.6g}", title_justify="left")
-        for column in ("where", "rule", "why"):
-            table.add_column(column, overflow="fold")
-        for column in ("received", "passed on", "absorbed", "% of target"):
-            table.add_column(column, justify="right")
+        table = Table(title=f"ledger: target {self.target:.6g}", title_justify="left", box=None)
+        table.add_column("where", overflow="fold", ratio=1)
+        for column in ("node", "why"):
+            table.add_column(column, no_wrap=True)
+        for column in ("relevance", "% of target"):
+            table.add_column(column, justify="right", no_wrap=True)
         for name, value in self.inputs.items():
-            table.add_row(name, "", "input", f"{value:.5g}", "", "", self._percent(value))
-        table.add_section()
+            table.add_row(f"[b]{name}[/b]", "", "reached", f"{value:.5g}", self._percent(value))
         shown = self.largest()
         for entry in shown:
-            where = f"{entry.module} {entry.node}".strip()
-            sums = (f"{v:.5g}" for v in (entry.received, entry.passed, entry.absorbed))
-            table.add_row(where, entry.rule, entry.reason, *sums, self._percent(entry.absorbed))
+            value = entry.absorbed
+            row = (entry.module, entry.node, entry.reason, f"{value:.5g}", self._percent(value))
+            table.add_row(*row)
         rest = self.absorbed - sum(entry.absorbed for entry in shown)
-        count = len(self.entries) - len(shown)
-        table.add_row(f"{count} others", "", "", "", "", f"{rest:.5g}", self._percent(rest))
-        table.add_section()
-        table.add_row("residual", "", "", "", "", f"{self.residual:.2g}", "")
+        others = f"{len(self.entries) - len(shown)} others"
+        table.add_row(others, "", "absorbed", f"{rest:.5g}", self._percent(rest))
+        table.add_row("residual", "", "rounding", f"{self.residual:.2g}", "")
         yield table
 
     def _percent(self, value: float) -> str:

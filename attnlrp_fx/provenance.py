@@ -36,6 +36,11 @@ def source_line(node: fx.Node) -> str:
     return f"{frame['file']}:{frame['line']}: {frame['code'].strip()}"
 
 
+def short_source(node: fx.Node) -> str:
+    """The user's line as 'file.py:line', for tables."""
+    return re.sub(r"^.*/([^/:]+:\d+): .*$", r"\1", source_line(node))
+
+
 def describe(node: fx.Node) -> str:
     """One line that tells a person which node is meant."""
     parts = [f"node '{node.name}' ({target_name(node.target)})"]
