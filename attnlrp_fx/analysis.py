@@ -18,6 +18,7 @@ from attnlrp_fx.operators import (
     is_structural,
     kind_of,
     leaves,
+    value_inputs,
 )
 
 WEIGHTS, GATE = "weights", "gate"
@@ -28,7 +29,7 @@ def explained_values(graph: fx.Graph) -> set[fx.Node]:
     forward: set[fx.Node] = set()
     for node in graph.nodes:
         is_call = node.op in ("call_function", "call_module") and not is_shape_only(node)
-        depends = node.target is ops.source or any(leaf in forward for leaf in node.all_input_nodes)
+        depends = node.target is ops.source or any(leaf in forward for leaf in value_inputs(node))
         if is_call and depends and _is_floating(node.meta.get("val")):
             forward.add(node)
     reaching: set[fx.Node] = set()
@@ -37,7 +38,7 @@ def explained_values(graph: fx.Graph) -> set[fx.Node]:
         node = stack.pop()
         if node not in reaching:
             reaching.add(node)
-            stack.extend(leaf for leaf in node.all_input_nodes if leaf in forward)
+            stack.extend(leaf for leaf in value_inputs(node) if leaf in forward)
     return reaching
 
 

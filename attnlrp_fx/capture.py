@@ -79,7 +79,9 @@ def capture(
             )
         args, kwargs = model.example_inputs
         return _captured(model, [*pytree.tree_leaves(args), *pytree.tree_leaves(kwargs)], {}, ())
-    training = [name or "the model" for name, part in model.named_modules() if part.training]
+    containers = (nn.ModuleList, nn.ModuleDict)  # never called, and new in every slice
+    parts = [(n, m) for n, m in model.named_modules() if not isinstance(m, containers)]
+    training = [name or "the model" for name, part in parts if part.training]
     if training:
         raise CaptureError(
             "the model is in training mode",

@@ -8,6 +8,7 @@ that an optimiser's step shows at once.
 Every size is computed once, from the inputs' sizes, so that no value is kept for its shape alone.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,9 +133,9 @@ def _name_inputs(program: fx.GraphModule, names: Sequence[str]) -> None:
     program.graph.set_codegen(fx.graph.CodeGen())
     placeholders = program.graph.find_nodes(op="placeholder")
     for node, name in zip(placeholders, names, strict=True):
-        readable = name.replace(".", "_")
-        node.target = readable
-        node._rename(readable)
+        readable = re.sub(r"\W", "_", name)
+        node._rename(f"_{readable}" if readable[0].isdigit() else readable)
+        node.target = node.name
         node.meta["name"] = name
 
 

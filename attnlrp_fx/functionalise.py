@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram, default_decompositions
 
-from attnlrp_fx.operators import is_known, is_op
+from attnlrp_fx.operators import aten, is_known, is_op
 
 LOOKUPS = ("embedding", "index", "index_select")
 
@@ -34,7 +34,20 @@ def functional(exported: ExportedProgram) -> fx.GraphModule:
                     del table[op]
             graph_module = exported.run_decompositions(table).module(check_guards=False)
             assert isinstance(graph_module, fx.GraphModule)
+    relax_views(graph_module)
     return graph_module
+
+
+def relax_views(graph_module: fx.GraphModule) -> None:
+    """Make every view a reshape, which does not mind its input's strides.
+
+    A captured view holds for the strides that the kernels of the capture gave; another device or
+    another attention kernel gives others. A reshape is still the view where it can be.
+    """
+    for view in (aten.view.default, aten._unsafe_view.default):
+        for node in graph_module.graph.find_nodes(op="call_function", target=view):
+            node.target = aten.reshape.default
+    graph_module.recompile()
 
 
 def inline_regions(graph_module: fx.GraphModule) -> None:

@@ -50,7 +50,7 @@ class Labels:
             classes: size of the output's last dimension.
             is_token: whether the output is one of scores over the vocabulary.
         """
-        if index is None:
+        if index is None or index.is_meta:
             return None
         ids = index.tolist()
         if self.id2label is not None and len(self.id2label) == classes:

@@ -69,7 +69,7 @@ def _absorbed(
 
 
 def _at_zero(relevance_op: ops.Op, call: Call, cs: Sequence[Tensor], zero: Tensor) -> Tensor:
-    """Σ f(0)·c of the op at zero explained inputs."""
+    """Σ f(0)·c of the op at zero explained inputs; an infinite input is a mask, and takes all."""
     product = product_of(call.op)
     if product is not None:
         terms = [call.args[p] for p in product.terms if p < len(call.args)]
@@ -80,7 +80,9 @@ def _at_zero(relevance_op: ops.Op, call: Call, cs: Sequence[Tensor], zero: Tenso
         if not any(isinstance(t, Tensor) for t in constant):
             return zero
     elif relevance_op is ops.identity:
-        return sum_of([intercept(call.function, call.primals[0])], cs)
+        x = call.primals[0]
+        masked = torch.where(torch.isinf(x), call.function(x), intercept(call.function, x))
+        return sum_of([masked], cs)
     elif relevance_op is ops.winner or is_structural_op(call.op):
         return zero
     output = call.function(*[torch.zeros_like(primal) for primal in call.primals])

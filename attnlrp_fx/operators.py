@@ -170,6 +170,8 @@ _KINDS: dict[Any, Kind] = {
 _PRODUCTS = {getattr(aten, name): product for name, product in PRODUCTS.items()}
 _SUMS = _packets(SUMS)
 _SHAPE_ONLY = _packets(SHAPE_ONLY)
+SHAPE_LENT = {"expand_as": 1, "view_as": 1, "reshape_as": 1, "type_as": 1, "copy": 0}
+"""Ops that read shape or dtype alone off one argument, and which."""
 _ELEMENTWISE = _packets(ACTIVATIONS + ELEMENTWISE_LINEAR + ELEMENTWISE_SELECTIONS)
 _ELEMENTWISE_SELECTIONS = _packets(ELEMENTWISE_SELECTIONS)
 _STRUCTURAL = _packets(VIEWS + CASTS)
@@ -194,6 +196,14 @@ def _packets_of(*names: str) -> frozenset[Any]:
 def is_known(op: Any) -> bool:
     """Whether the table has an entry for an op, so that capture must keep it whole."""
     return packet(op) in _KINDS or packet(op) in _SHAPE_ONLY
+
+
+def value_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose values a node's value depends on: not those that lend their shape alone."""
+    lent = next((i for name, i in SHAPE_LENT.items() if is_op(node, name)), None)
+    if lent is None:
+        return node.all_input_nodes
+    return [leaf for i, arg in enumerate(node.args) if i != lent for leaf in leaves(arg)]
 
 
 def is_shape_only(node: fx.Node) -> bool:

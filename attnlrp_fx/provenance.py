@@ -28,11 +28,12 @@ def module_class(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """The innermost line of the user's code that produced a node, as 'file:line: code'."""
+    """The innermost line outside PyTorch that produced a node, as 'file:line: code'."""
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
     if not frames:
         return ""
-    frame = frames[-1]
+    own = [frame for frame in frames if "/torch/" not in frame["file"]]
+    frame = (own or frames)[-1]
     return f"{frame['file']}:{frame['line']}: {frame['code'].strip()}"
 
 
@@ -43,7 +44,7 @@ def short_source(node: fx.Node) -> str:
 
 def describe(node: fx.Node) -> str:
     """One line that tells a person which node is meant."""
-    parts = [f"node '{node.name}' ({target_name(node.target)})"]
+    parts = [f"node '{node.name}' ({target_name(node.meta.get('op', node.target))})"]
     path = module_path(node)
     parts += [f"in {path} ({module_class(node)})"] if path else []
     line = source_line(node)

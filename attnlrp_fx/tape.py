@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from attnlrp_fx import ops
 from attnlrp_fx.ledger import node_sums
-from attnlrp_fx.operators import leaves, product_of
+from attnlrp_fx.operators import is_structural, leaves, product_of
 from attnlrp_fx.pullbacks import PULLBACKS, Call, Pullback
 from attnlrp_fx.tokens import carry
 
@@ -85,9 +85,16 @@ class Tape(fx.Interpreter):
         return super().get_attr(target, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if self.device is not None and "device" in kwargs:
-            kwargs = {**kwargs, "device": self.device}
+        args, kwargs = self._moved((args, kwargs))
         return super().call_function(target, args, kwargs)
+
+    def _moved(self, arguments: Any) -> Any:
+        """Arguments with every device that they name replaced by the tape's."""
+        if self.device is None:
+            return arguments
+        return fx.node.map_aggregate(
+            arguments, lambda leaf: self.device if isinstance(leaf, torch.device) else leaf
+        )
 
     def _call(self, node: fx.Node) -> Call:
         """The node's call as a function of its explained inputs."""
@@ -116,6 +123,7 @@ class Tape(fx.Interpreter):
             new_kwargs = fx.node.map_arg(
                 {key: arg for key, arg in node.kwargs.items() if key in kwargs}, value
             )
+            new_args, new_kwargs = self._moved((new_args, new_kwargs))
             return op(*new_args, **new_kwargs)
 
         return Call(
@@ -148,7 +156,7 @@ class Tape(fx.Interpreter):
         for node in reversed(list(self._nodes())):
             with self.annotate(node, "relevance"):
                 if node in relevance:
-                    self._carry(node, relevance, reading)
+                    self._carry(node, relevance, reading, audit)
                 elif node not in coefficients:
                     continue
                 elif node.target is ops.source:
@@ -196,13 +204,24 @@ class Tape(fx.Interpreter):
             return relevance
         return relevance.sum(tuple(range(self.env[ids].dim(), value.dim())))
 
-    def _carry(self, node: fx.Node, relevance: dict[fx.Node, Tensor], reading: Reading) -> None:
-        """Take relevance from looked-up indices to the model input that they were read from."""
+    def _carry(
+        self, node: fx.Node, relevance: dict[fx.Node, Tensor], reading: Reading, audit: bool
+    ) -> None:
+        """Take relevance from looked-up indices to the model input that they were read from.
+
+        Indices that the model itself puts among them (a prompt, a placeholder) keep theirs.
+        """
         if node.op == "placeholder":
             reading.relevance[str(node.target)] = relevance.pop(node)
             return
-        for leaf, carried in carry(node, relevance.pop(node), self.env):
+        received = relevance.pop(node)
+        moved = list(carry(node, received, self.env))
+        for leaf, carried in moved:
             _add(relevance, leaf, carried)
+        if audit and not is_structural(node):
+            total = received.sum(dtype=torch.float64)
+            passed = sum((part.sum(dtype=torch.float64) for _, part in moved), start=0 * total)
+            reading.sums[node.name] = torch.stack([total, passed, total - passed])
 
 
 def _parameters(node: fx.Node) -> Sequence[str]:

@@ -64,6 +64,20 @@ def test_regions_leave_nothing_behind() -> None:
     assert not [target for target in targets if "set_grad" in target or "submod" in target]
 
 
+def test_views_do_not_mind_strides() -> None:
+    """What a view refuses: an input that is transposed, as another kernel's output may be."""
+
+    class Views(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(2, 12)
+
+    exported = export(Views(), (torch.randn(4, 6),), strict=False)
+    x = torch.randn(6, 4).t()
+    with pytest.raises(RuntimeError, match="view size"):
+        exported.module(check_guards=False)(x)
+    torch.testing.assert_close(functional(exported)(x), x.reshape(2, 12), rtol=0, atol=0)
+
+
 def test_parameters_are_the_models_own() -> None:
     model = nn.Linear(3, 2)
     graph_module = functional(export(model, (torch.ones(4, 3),), strict=False))
