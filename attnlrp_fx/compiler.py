@@ -49,8 +49,8 @@ def compile(
         target: the default target of calls: `Logit`, `Contrast`, `LogProb`, an index, or a
             function of the outputs; None: the highest logit, at the last token that is no padding.
         backend: "inductor", "eager", or a callable as for torch.compile.
-        dynamic_shapes: "auto": every size that the model allows is dynamic; None: none is; or
-            what `torch.export.export` takes.
+        dynamic_shapes: "auto": batch and length are dynamic where the model allows; None: none
+            is; or what `torch.export.export` takes.
         explain: names of the inputs to explain; None: all that relevance can reach.
         audit: whether explanations carry the ledger of where relevance went.
         fallback: what becomes of an op that no rule claims: "error", or "gradient" to use the

@@ -71,7 +71,7 @@ LINEAR = """
     _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d
     upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
     upsample_trilinear3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa
-    _upsample_nearest_exact2d grid_sampler grid_sampler_2d batch_norm
+    _upsample_nearest_exact2d grid_sampler grid_sampler_2d
     _native_batch_norm_legit_no_training pixel_shuffle pixel_unshuffle channel_shuffle fft_fft
     fft_ifft fft_fftn fft_ifftn fft_rfft fft_irfft fft_fft2 complex conj _conj resolve_conj
     resolve_neg dropout feature_dropout nan_to_num trace rot90
@@ -132,7 +132,7 @@ SHAPE_ONLY = """
 
 SUMS = """
     add sub rsub sum mean cumsum trace avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
-    adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d batch_norm
+    adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
     scatter_add index_add col2im
 """.split()
 """Linear ops, beside products, that add several contributions up to each output."""

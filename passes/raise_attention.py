@@ -26,6 +26,7 @@ are.
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -383,7 +384,7 @@ def _number(value: Any) -> float | None:
     if is_op(value, "scalar_tensor", "lift_fresh_copy", "detach", "detach_") or is_cast(value):
         return _number(value.args[0])
     if value.op == "get_attr" and "lifted_tensor" in str(value.target):
-        constant = getattr(value.graph.owning_module, str(value.target))
+        constant = attrgetter(str(value.target))(value.graph.owning_module)
         return float(constant) if constant.dim() == 0 else None
     return None
 

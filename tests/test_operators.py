@@ -184,12 +184,6 @@ LINEAR: dict[str, tuple[tuple[int, ...], Sample]] = {
     ),
     "grid_sampler": ((1, 2, 3, 3), lambda x: aten.grid_sampler(x, _grid(), 0, 0, False)),
     "grid_sampler_2d": ((1, 2, 3, 3), lambda x: aten.grid_sampler_2d(x, _grid(), 0, 1, False)),
-    "batch_norm": (
-        (2, 3),
-        lambda x: aten.batch_norm(
-            x, randn(3), randn(3), randn(3), randn(3).exp(), False, 0.1, 1e-5, False
-        ),
-    ),
     "_native_batch_norm_legit_no_training": (
         (2, 3),
         lambda x: aten._native_batch_norm_legit_no_training(
