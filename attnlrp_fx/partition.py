@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from attnlrp_fx.operators import is_cheap, is_op, is_structural
-from attnlrp_fx.torch_private import FakeTensor, typical_size
+from attnlrp_fx.torch_private import fresh, typical_size
 
 SEED = "seed_"
 
@@ -131,16 +131,6 @@ def _may_recompute(node: fx.Node, recompute: bool) -> bool:
     return recompute and is_cheap(node)
 
 
-def _fresh(value: Any) -> Any:
-    """A fake tensor of the same sizes and strides that is nobody's view."""
-    if not isinstance(value, FakeTensor):
-        return value
-    with value.fake_mode:
-        return torch.empty_strided(
-            value.shape, value.stride(), dtype=value.dtype, device=value.device
-        )
-
-
 def _extract(
     program: fx.GraphModule, inside: set[fx.Node], saved: Sequence[fx.Node], results: Sequence[Any]
 ) -> fx.GraphModule:
@@ -152,7 +142,7 @@ def _extract(
             values[node] = graph.node_copy(node)
     for node in saved:
         values[node] = graph.placeholder(f"saved_{node.name}")
-        values[node].meta = {"val": _fresh(node.meta["val"]), "name": f"saved:{node.name}"}
+        values[node].meta = {"val": fresh(node.meta["val"]), "name": f"saved:{node.name}"}
     for node in program.graph.nodes:
         if node in inside and node.op not in ("placeholder", "output"):
             values[node] = graph.node_copy(node, values.__getitem__)

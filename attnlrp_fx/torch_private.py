@@ -4,8 +4,8 @@
   which would tie the batch to whatever else has its size; only a private setting turns that off.
 - `inductor`: compiling a graph that nobody will differentiate, with the symbols of its own
   placeholders, needs `standalone_compile`, exported from `torch._inductor` without documentation.
-- `fake_mode_of`: the fake-tensor mode of a captured graph, in which it is traced again, so that
-  both share their symbols.
+- `fake_mode_of`, `fresh`: the fake-tensor mode of a captured graph, in which it is traced again,
+  so that both share their symbols; a fake tensor that is no view, which Inductor cannot take in.
 - `typical_size`: what a symbolic size would be, from its expression.
 
 `tests/test_torch_private.py` uses each of them, so that an upgrade fails loudly.
@@ -36,6 +36,16 @@ def fake_mode_of(graph_module: fx.GraphModule) -> FakeTensorMode:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     raise ValueError("the graph has no fake values: it was not captured by torch.export")
+
+
+def fresh(value: Any) -> Any:
+    """A fake tensor of the same sizes and strides that is nobody's view; anything else as it is."""
+    if not isinstance(value, FakeTensor):
+        return value
+    with value.fake_mode:
+        return torch.empty_strided(
+            value.shape, value.stride(), dtype=value.dtype, device=value.device
+        )
 
 
 def typical_size(size: int | torch.SymInt, typical: int) -> float:

@@ -1,6 +1,6 @@
 """What one explanation costs: ours against plain passes and an lxt-style peer, in one process.
 
-    python benchmarks/explain.py                      # SmolLM2-135M and an 8-layer llama, 128 and 512
+    python benchmarks/explain.py           # SmolLM2-135M and an 8-layer llama, 128 and 512 tokens
     python benchmarks/explain.py --models llama --tokens 128 --rounds 5
     python benchmarks/explain.py --device cuda --dtype bfloat16
 
@@ -9,7 +9,6 @@ with the vocabulary projection at that position alone. The lxt-style peer is `pe
 `lxt_peer.py` checks against the real lxt. Medians, contestants taking turns.
 """
 
-import gc
 import json
 import os
 import platform
@@ -118,8 +117,6 @@ def measure(name: str, lengths: list[int], rounds: int, device: str, dtype: str)
         scale = measured["lengths"][length]["seconds"]["ours, inductor"] / seconds.pop("reference")
         scaled = {contestant: value * scale for contestant, value in seconds.items()}
         measured["lengths"][length]["seconds"] |= scaled
-    del explainers, compiled, model
-    gc.collect()
     return measured
 
 
@@ -164,6 +161,7 @@ def main(
     results = []
     for name in names or list(MODELS):
         results.append(measure(name, tokens or [128, 512], rounds, device, dtype))
+        torch.compiler.reset()
         show(results[-1])
     found = {
         "machine": f"{machine or platform.machine()}, {os.cpu_count()} cores",

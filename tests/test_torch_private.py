@@ -97,3 +97,14 @@ def test_inductor() -> None:
         with torch.no_grad():
             (found,) = compiled(x, y)
         assert_close(found, _three_ops(x, y))
+
+
+def test_fresh_is_nobodys_view() -> None:
+    view = torch.ones(3, 8).split(4, 1)[1].transpose(0, 1)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(view)
+        copy = torch_private.fresh(fake)
+    assert (copy.shape, copy.stride(), copy.dtype) == (fake.shape, fake.stride(), fake.dtype)
+    assert not copy._is_view()
+    assert copy.storage_offset() == 0
+    assert torch_private.fresh(3) == 3
