@@ -38,7 +38,7 @@ def test_every_function_is_tested() -> None:
         for name, value in vars(torch_private).items()
         if inspect.isfunction(value) and value.__module__ == torch_private.__name__
     }
-    assert public == {"unlike_symbols", "inductor", "fake_mode_of", "typical_size"}
+    assert public == {"unlike_symbols", "inductor", "fake_mode_of", "fresh", "typical_size"}
 
 
 def test_unlike_symbols() -> None:
