@@ -12,6 +12,7 @@ from attnlrp_fx.operators import is_op
 from attnlrp_fx.provenance import describe, module_path
 from attnlrp_fx.tape import Tape
 from attnlrp_fx.tokens import table_and_indices
+from attnlrp_fx.torch_private import fails, size_assumptions
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -32,6 +33,8 @@ class InputChecks:
         }
         self.lookups = _lookups(graph_module)
         self.positions = _positions_graph(graph_module, self.lookups)
+        self._assumptions = size_assumptions(graph_module)
+        self._fitting_symbols: set[tuple[tuple[str, int], ...]] = set()
         self._checked_sizes: set[tuple[tuple[int, ...], ...]] = set()
 
     def ordered(self, inputs: Mapping[str, Any], device: torch.device) -> list[Tensor]:
@@ -117,6 +120,21 @@ class InputChecks:
                         f"input '{name}' has shape {tuple(value.shape)}",
                         why=f"dimension {dim} must equal {where}, which is {known}",
                     )
+        self._check_assumptions({symbol: size for symbol, (size, _) in sizes.items()})
+
+    def _check_assumptions(self, symbols: Mapping[str, int]) -> None:
+        """The sizes take the branches of the model's code that were captured; once for each set."""
+        key = tuple(symbols.items())
+        if key in self._fitting_symbols:
+            return
+        for assumption in self._assumptions:
+            if fails(assumption, symbols):
+                raise InputError(
+                    "the model takes another path through its code at these sizes",
+                    why=f"it was captured where {assumption}, with {dict(symbols)}",
+                    remedy="compile again with example inputs of these sizes",
+                )
+        self._fitting_symbols.add(key)
 
     def _check_indices(self, values: list[Tensor]) -> None:
         """Token ids always; positions that follow from the sizes, once for each set of sizes."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from attnlrp_fx.errors import RuleError
 from attnlrp_fx.operators import aten, is_op
 from attnlrp_fx.partition import SEED, split
 from attnlrp_fx.tape import Tape
@@ -101,6 +102,7 @@ def emit(
     names = [str(node.target) for node in placeholders]
     _name_inputs(traced, [*attributes, *names, *(f"{SEED}{i}" for i in seeded)])
     _clean(traced)
+    _check_pure(traced)
     forward, relevance = split(traced, len(outputs), recompute)
     return Program(
         graph_module=traced,
@@ -150,12 +152,27 @@ def _clean(program: fx.GraphModule) -> None:
     program.recompile()
 
 
+def _check_pure(program: fx.GraphModule) -> None:
+    """Raise RuleError if an op of the program writes in place: such a write would be lost."""
+    for node in program.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            source = node.meta.get("custom", {})
+            raise RuleError(
+                f"the {source.get('phase', 'traced')} program would write in place: {node.target}",
+                where=f"node '{source.get('from', node.name)}' of the rewritten graph",
+                why="PyTorch's kernel or derivative of this op is not functional",
+                remedy="report this with the op; a pass can lower it to other ops",
+            )
+
+
 def _share_sizes(graph: fx.Graph) -> None:
     """Read every symbolic size off an input, or compute it once from those that are."""
     known: dict[str, fx.Node] = {}
     placeholders = graph.find_nodes(op="placeholder")
     with graph.inserting_after(placeholders[-1]):
         for node in reversed(placeholders):
+            if str(node.target).startswith(SEED):
+                continue
             for dim, size in enumerate(getattr(node.meta["val"], "shape", ())):
                 if isinstance(size, torch.SymInt):
                     read = graph.call_function(aten.sym_size.int, (node, dim))

@@ -47,11 +47,15 @@ def node_sums(
 
 
 def sum_of(values: Sequence[Tensor], coefficients: Sequence[Tensor | None]) -> Tensor:
-    """Σ x·c in float64; where c is zero the value does not count, infinite as it may be."""
+    """Σ x·c in float64; where c is zero the value does not count, infinite as it may be.
+
+    Of complex values, pairs of reals, it is Σ Re(x̄·c).
+    """
     total = torch.zeros((), dtype=torch.float64, device=values[0].device)
     for x, c in zip(values, coefficients, strict=True):
-        if c is not None and x.is_floating_point():
-            total = total + torch.where(c == 0, 0.0, x * c).sum(dtype=torch.float64)
+        if c is not None and (x.is_floating_point() or x.is_complex()):
+            product = (x.conj() * c).real if x.is_complex() else x * c
+            total = total + torch.where(c == 0, 0.0, product).sum(dtype=torch.float64)
     return total
 
 

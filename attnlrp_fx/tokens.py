@@ -24,8 +24,8 @@ MOVES = [
     "repeat",
     "copy",
 ]
-SHIFTS = ["add", "sub", "clamp", "clamp_min", "clamp_max"]
-"""Ops that change an index by a constant and leave it in its place."""
+SHIFTS = ["add", "sub", "mul", "remainder", "fmod", "clamp", "clamp_min", "clamp_max"]
+"""Ops that change an index by a constant (a shift, a hash) and leave it in its place."""
 
 
 def table_and_indices(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -117,4 +117,4 @@ def _is_floating(node: fx.Node) -> bool:
     return bool(node.meta["val"].is_floating_point())
 
 
-__all__ = ["aten", "carry", "moved_inputs", "origin", "table_and_indices"]
+__all__ = ["MOVES", "aten", "carry", "moved_inputs", "origin", "table_and_indices"]

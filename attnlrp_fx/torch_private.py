@@ -6,15 +6,18 @@
   placeholders, needs `standalone_compile`, exported from `torch._inductor` without documentation.
 - `fake_mode_of`, `fresh`: the fake-tensor mode of a captured graph, in which it is traced again,
   so that both share their symbols; a fake tensor that is no view, which Inductor cannot take in.
+- `size_assumptions`, `fails`: the branches that capture took by size; `torch.export` would check
+  them at run time only in the calling convention that a rewritten graph no longer has.
 - `typical_size`: what a symbolic size would be, from its expression.
 
 `tests/test_torch_private.py` uses each of them, so that an upgrade fails loudly.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 import torch.fx.experimental._config as symbolic_shapes_config
 from torch import fx
@@ -46,6 +49,26 @@ def fresh(value: Any) -> Any:
         return torch.empty_strided(
             value.shape, value.stride(), dtype=value.dtype, device=value.device
         )
+
+
+def size_assumptions(graph_module: fx.GraphModule) -> list[Any]:
+    """What capture assumed about sizes when it took one branch of the model's code and not another.
+
+    Each is a sympy relation between the symbols of the graph's sizes. Inequalities (≠) are left
+    out: they say that a size is not 0 or 1, which the graph does not depend on.
+    """
+    environment = fake_mode_of(graph_module).shape_env
+    assert environment is not None
+    relations = [environment.replace(guard.expr) for guard in environment.guards]
+    return [r for r in relations if isinstance(r, sympy.Rel) and not isinstance(r, sympy.Ne)]
+
+
+def fails(assumption: Any, sizes: Mapping[str, int]) -> bool:
+    """Whether sizes, by symbol, contradict an assumption; a size of 1 never does (see above)."""
+    symbols = {str(symbol): symbol for symbol in assumption.free_symbols}
+    if not symbols.keys() <= sizes.keys() or any(sizes[name] == 1 for name in symbols):
+        return False
+    return bool(assumption.subs({symbol: sizes[n] for n, symbol in symbols.items()}) == sympy.false)
 
 
 def typical_size(size: int | torch.SymInt, typical: int) -> float:

@@ -45,8 +45,10 @@ def _matrix(args: Any, kwargs: Any, primals: Any) -> Transpose | None:
     return (lambda c: [c @ weight]) if x is primals[0] and weight.dim() == 2 else None
 
 
-def _scaled(args: Any, kwargs: Any, primals: Any) -> Transpose:
+def _scaled(args: Any, kwargs: Any, primals: Any) -> Transpose | None:
     other = args[1] if args[0] is primals[0] else args[0]
+    if primals[0].is_complex() or (isinstance(other, Tensor) and other.is_complex()):
+        return None
     return lambda c: [c * other]
 
 

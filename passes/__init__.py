@@ -11,12 +11,13 @@ from attnlrp_fx.passes.base import Pass, PassContext, PassResult
 from attnlrp_fx.passes.drop_assertions import drop_assertions
 from attnlrp_fx.passes.drop_identities import drop_identities
 from attnlrp_fx.passes.lower_copies import lower_copies
+from attnlrp_fx.passes.lower_pools import lower_pools
 from attnlrp_fx.passes.mark_sources import mark_sources
 from attnlrp_fx.passes.raise_activations import raise_activations
 from attnlrp_fx.passes.raise_attention import raise_attention
 from attnlrp_fx.passes.raise_norms import raise_norms
 
-NORMALISE: tuple[Pass, ...] = (drop_assertions, lower_copies, drop_identities)
+NORMALISE: tuple[Pass, ...] = (drop_assertions, lower_copies, lower_pools, drop_identities)
 """Passes that leave the graph's meaning unchanged."""
 
 RAISE: tuple[Pass, ...] = (mark_sources, raise_attention, raise_norms, raise_activations)
@@ -64,6 +65,7 @@ __all__ = [
     "drop_assertions",
     "drop_identities",
     "lower_copies",
+    "lower_pools",
     "mark_sources",
     "raise_activations",
     "raise_attention",

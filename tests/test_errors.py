@@ -359,3 +359,25 @@ def test_every_error_is_ours_and_says_all_it_knows() -> None:
         error = kind("what", where="where", why="why", remedy="remedy")
         assert str(error) == "what\n  where: where\n  why: why\n  what to do: remedy"
         assert kind is AttnLRPError or hasattr(attnlrp_fx, kind.__name__)
+
+
+class BySize(nn.Module):
+    """Takes another path for long inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y.mean(1) if x.shape[1] < 10 else y.amax(1)
+
+
+def test_another_path_at_other_sizes() -> None:
+    """What was captured for short inputs would be silently wrong for long ones."""
+    explainer = attnlrp_fx.compile(BySize().eval(), torch.randn(2, 5, 3), backend="eager")
+    assert explainer(torch.randn(4, 9, 3)).relevance["x"].shape == (4, 9, 3)
+    assert explainer(torch.randn(1, 1, 3)).relevance["x"].shape == (1, 1, 3)
+    with pytest.raises(InputError, match="another path") as caught:
+        explainer(torch.randn(2, 12, 3))
+    assert "compile again" in str(caught.value)

@@ -38,7 +38,15 @@ def test_every_function_is_tested() -> None:
         for name, value in vars(torch_private).items()
         if inspect.isfunction(value) and value.__module__ == torch_private.__name__
     }
-    assert public == {"unlike_symbols", "inductor", "fake_mode_of", "fresh", "typical_size"}
+    assert public == {
+        "unlike_symbols",
+        "inductor",
+        "fake_mode_of",
+        "fresh",
+        "size_assumptions",
+        "fails",
+        "typical_size",
+    }
 
 
 def test_unlike_symbols() -> None:
@@ -108,3 +116,16 @@ def test_fresh_is_nobodys_view() -> None:
     assert not copy._is_view()
     assert copy.storage_offset() == 0
     assert torch_private.fresh(3) == 3
+
+
+def test_size_assumptions() -> None:
+    def by_size(x: Tensor, y: Tensor) -> Tensor:
+        return x + y if x.shape[0] < 10 else x - y
+
+    same = {"x": torch.ones(4, 3), "y": torch.ones(4, 3)}
+    graph_module = capture(Function(by_size).eval(), same).graph_module
+    rows = _symbols(graph_module)[0]
+    assumptions = torch_private.size_assumptions(graph_module)
+    assert any(torch_private.fails(a, {rows: 12}) for a in assumptions)
+    assert not any(torch_private.fails(a, {rows: 5}) for a in assumptions)
+    assert not any(torch_private.fails(a, {}) for a in assumptions)

@@ -1,0 +1,633 @@
+"""The zoo: every architecture of transformers, tiny and random, through the compiler and both laws.
+
+    python benchmarks/zoo.py                        # everything that is not in the results yet
+    python benchmarks/zoo.py --only llama --only t5 --fresh
+    python benchmarks/zoo.py --failed-again         # those that did not pass every check
+    python benchmarks/zoo.py --list
+
+Each architecture runs in a process of its own, with a time limit. Results are appended to
+`results/zoo.jsonl` (how a run resumes) and written as a table, `results/zoo.md` and `.json`.
+
+Checked in float64, eager backend:
+- captured, and how far batch and length stayed dynamic;
+- rewritten with composite "attnlrp", every op claimed by a rule;
+- law 1, on the tape: target − inputs − absorbed, relative to the target;
+- law 2, on the tape: composite "gradient" against torch.autograd on the untouched model;
+- the program: its relevance against the tape's, and its outputs against the model's own;
+- both at another size, where that is dynamic;
+- relevance with attention written out ("eager") against fused ("sdpa").
+"""
+
+import contextlib
+import copy
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import torch
+import transformers
+import typer
+import zoo_models
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from zoo_models import BATCH, LENGTH, Architecture, Inputs
+
+import attnlrp_fx
+from attnlrp_fx.analysis import explained_values
+from attnlrp_fx.capture import flat_inputs
+from attnlrp_fx.composites import COMPOSITES
+from attnlrp_fx.errors import AttnLRPError
+from attnlrp_fx.explainer import ExplainableGraphModule
+from attnlrp_fx.ledger import Ledger, read_ledger
+from attnlrp_fx.passes import NORMALISE, PassContext, mark_sources, run_passes
+from attnlrp_fx.tape import Tape
+from attnlrp_fx.targets import Logit, Outputs
+
+RESULTS = Path(__file__).parent / "results"
+EXACT, CAST = 1e-8, 1e-5
+"""What holds in float64, and where the model itself casts to float32."""
+OTHER_BATCH, OTHER_LENGTH = BATCH + 1, LENGTH + 4
+BEFORE_RULES = (*NORMALISE, mark_sources)
+
+console = Console()
+
+
+@dataclass
+class Row:
+    """What was found out about one architecture."""
+
+    name: str
+    kind: str
+    class_name: str
+    captured: bool = False
+    rewritten: bool = False
+    casts: bool = False
+    """Whether the model casts explained values to float32 or less."""
+    forward: float | None = None
+    program: float | None = None
+    """The program's relevance against the tape's."""
+    law_1: float | None = None
+    law_2: float | None = None
+    dynamic_batch: bool | None = None
+    dynamic_length: bool | None = None
+    """None where the inputs have no length."""
+    other_forward: float | None = None
+    other_law_2: float | None = None
+    other_program: float | None = None
+    attention: float | None = None
+    """Relevance with fused against written-out attention; None where there is one form only."""
+    share: float | None = None
+    """Σ relevance / target."""
+    nodes: int = 0
+    seconds: float = 0.0
+    stage: str = "building the model"
+    """Where it stopped; "done" if it did not."""
+    reason: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tolerance(self) -> float:
+        return CAST if self.casts else EXACT
+
+    def holds(self, check: str) -> bool:
+        """Whether a check was made and holds."""
+        value = getattr(self, check)
+        if isinstance(value, bool):
+            return value
+        return value is not None and value <= self.tolerance
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check that applies holds."""
+        checks = ["captured", "rewritten", "forward", "law_1", "law_2", "program"]
+        others = ("other_forward", "other_law_2", "other_program")
+        optional = [check for check in others if getattr(self, check) is not None]
+        attention = self.attention is None or self.attention <= max(self.tolerance, 1e-5)
+        return self.stage == "done" and attention and all(map(self.holds, checks + optional))
+
+
+def examine(arch: Architecture, row: Row) -> Iterator[None]:
+    """Fill in a row, check by check; yields after each so that what is known can be kept."""
+    start = time.perf_counter()
+    model = arch.model()
+    inputs = arch.inputs(model)
+    _run(model, inputs)
+    row.stage = "capture"
+    captured = attnlrp_fx.capture.capture(model, inputs)
+    row.captured = True
+    row.nodes = len(captured.graph_module.graph.nodes)
+    row.notes = list(captured.notes)
+    yield
+    row.stage = "rewrite"
+    rules = explained(model, inputs, captured, "attnlrp", traced=False)
+    row.rewritten = True
+    row.casts = _casts(captured.graph_module)
+    yield
+    row.stage = "law 1"
+    relevance, ledger = on_tape(rules, inputs)
+    row.law_1 = _number(abs(ledger.residual) / max(abs(ledger.target), 1e-12))
+    row.share = _number(sum(ledger.inputs.values()) / ledger.target)
+    yield
+    row.stage = "law 2"
+    gradient = explained(model, inputs, captured, "gradient", traced=False)
+    row.law_2 = _against_autograd(model, gradient, inputs)
+    yield
+    row.stage = "program"
+    explainer = explained(model, inputs, captured, "attnlrp")
+    explanation = explainer(inputs)
+    row.forward = _difference(_flat(explanation.outputs), _flat(_run(model, inputs)))
+    row.program = _relevance_difference(explanation.relevance, relevance)
+    yield
+    row.stage = "other sizes"
+    row.dynamic_batch, row.dynamic_length, other = _other_sizes(arch, model, inputs, captured)
+    if other is not None:
+        row.other_law_2 = _against_autograd(model, gradient, other)
+        again = explainer(other)
+        row.other_forward = _difference(_flat(again.outputs), _flat(_run(model, other)))
+        row.other_program = _relevance_difference(again.relevance, on_tape(rules, other)[0])
+    yield
+    row.stage = "attention"
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa":
+        row.attention = _attention(model, inputs, relevance)
+    row.stage = "done"
+    row.seconds = round(time.perf_counter() - start, 1)
+    yield
+
+
+def explained(
+    model: nn.Module, inputs: Inputs, captured: Any, composite: str, *, traced: bool = True
+) -> ExplainableGraphModule:
+    """Compile with a capture that exists already; untraced, it can only be run on the tape."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch("attnlrp_fx.compiler.capture", return_value=captured))
+        if not traced:
+            patched = mock.patch.object(ExplainableGraphModule, "prepare", lambda self: self)
+            stack.enter_context(patched)
+        return attnlrp_fx.compile(model, inputs, composite=composite, backend="eager")
+
+
+def on_tape(explainer: ExplainableGraphModule, inputs: Inputs) -> tuple[dict[str, Tensor], Ledger]:
+    """Relevance of the default target, node by node, without tracing a program; and the ledger."""
+    rewritten = explainer.rewritten
+    device = torch.device("cpu")
+    values = explainer._checks.ordered(flat_inputs(inputs), device)
+    given = dict(zip(explainer._checks.examples, values, strict=True))
+    with torch.no_grad():
+        tape = Tape(rewritten, explainer._attributes.values(device))
+        flat = tape.run(*values)
+        chosen, seeds = explainer._seed(explainer._target, flat, given)
+        outputs = rewritten.graph.output_node().args[0]
+        read = tape.reverse({outputs[i]: seed for i, seed in seeds.items()}, audit=True)
+    nodes = {node.name: node for node in rewritten.graph.nodes}
+    ledger = read_ledger(
+        [nodes[name] for name in read.sums],
+        torch.stack([*read.sums.values()]) if read.sums else torch.zeros(0, 3),
+        target=float(chosen.value.double().sum()),
+        seeded=sum(float((flat[i] * seed).double().sum()) for i, seed in seeds.items()),
+        inputs={name: float(r.double().sum()) for name, r in read.relevance.items()},
+    )
+    return read.relevance, ledger
+
+
+def _relevance_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """The largest relative difference of any input's relevance."""
+    if ours.keys() != theirs.keys():
+        raise AssertionError(f"explained {sorted(ours)}, wanted {sorted(theirs)}")
+    if not all(bool(torch.isfinite(relevance).all()) for relevance in ours.values()):
+        raise AssertionError("relevance is not finite")
+    return max(_difference([ours[name]], [theirs[name]]) for name in ours)
+
+
+def _attention(model: Any, inputs: Inputs, relevance: Mapping[str, Tensor]) -> float | None:
+    """How far relevance of written-out attention is from that of the fused one."""
+    model.set_attn_implementation("eager")
+    if model.config._attn_implementation != "eager":
+        return None
+    written = attnlrp_fx.capture.capture(model, inputs, dynamic_shapes=None)
+    explainer = explained(model, inputs, written, "attnlrp", traced=False)
+    return _relevance_difference(on_tape(explainer, inputs)[0], relevance)
+
+
+def _other_sizes(
+    arch: Architecture, model: nn.Module, inputs: Inputs, captured: Any
+) -> tuple[bool, bool | None, Inputs | None]:
+    """Whether batch and length stayed dynamic, and the inputs of other sizes that this allows.
+
+    The length is None where the inputs have none.
+    """
+    shapes = {
+        str(node.target): node.meta["val"].shape
+        for node in captured.graph_module.graph.find_nodes(op="placeholder")
+    }
+
+    def fits(other: Inputs) -> bool:
+        return all(
+            not is_concrete_int(known) or int(known) == size
+            for name, value in flat_inputs(other).items()
+            if isinstance(value, Tensor)
+            for known, size in zip(shapes[name], value.shape, strict=True)
+        )
+
+    batch = fits(arch.inputs(model, OTHER_BATCH, LENGTH))
+    longer = arch.inputs(model, BATCH, OTHER_LENGTH)
+    length = fits(longer) if _shapes(longer) != _shapes(inputs) else None
+    if not batch and not length:
+        return batch, length, None
+    sizes = OTHER_BATCH if batch else BATCH, OTHER_LENGTH if length else LENGTH
+    return batch, length, arch.inputs(model, *sizes)
+
+
+def _run(model: nn.Module, inputs: Inputs) -> Any:
+    with torch.no_grad(), _without_cache(model):
+        return model(**inputs)
+
+
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Caches off: they are no part of what is explained."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [c for c in configs.values() if getattr(c, "use_cache", False)]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+class _Leaves(TorchFunctionMode):
+    """Makes what an input looks up in an embedding a leaf of autograd's graph."""
+
+    def __init__(self, inputs: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.inputs = {n: v for n, v in inputs.items() if not v.is_floating_point()}
+        self.found: dict[str, list[Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is not torch.nn.functional.embedding or args[0].dim() < 2:
+            return output
+        for name, ids in self.inputs.items():
+            if ids.dim() == 2 and ids.T.shape == args[0].shape and bool((args[0] == ids.T).all()):
+                leaf = output.transpose(0, 1).detach().requires_grad_()
+                self.found.setdefault(name, []).append(leaf)
+                return leaf.clone().transpose(0, 1)
+            start = -1 if "mask" in name else _start_of(ids, args[0])
+            if start < 0:
+                continue
+            whole = start == 0 and args[0].numel() == ids.numel()
+            end = None if whole else start + ids.shape[-1]
+            leaf = output[:, start:end].detach().requires_grad_()
+            self.found.setdefault(name, []).append(leaf)
+            return (
+                leaf.clone() if whole else torch.cat([output[:, :start], leaf, output[:, end:]], 1)
+            )
+        return output
+
+
+def _start_of(ids: Tensor, looked_up: Tensor) -> int:
+    """Where an input's ids begin among those that are looked up, -1 if they are not there."""
+    if ids.numel() == looked_up.numel():
+        same = ids.reshape(-1) == looked_up.reshape(-1)
+        return 0 if same.float().mean() > 0.5 else -1
+    if ids.dim() != 2 or looked_up.dim() != 2 or looked_up.shape[1] < ids.shape[1]:
+        return -1
+    if ids.shape[0] != looked_up.shape[0]:
+        return -1
+    windows = looked_up.unfold(1, ids.shape[1], 1)
+    same = (windows == ids[:, None]).all(-1).all(0).nonzero()
+    return int(same[0, 0]) if len(same) else -1
+
+
+def _against_autograd(model: nn.Module, explainer: ExplainableGraphModule, inputs: Inputs) -> float:
+    """Relative difference of a gradient program from torch.autograd's Gradient×Input."""
+    relevance, _ = on_tape(explainer, inputs)
+    given = {
+        name: value.clone().requires_grad_() if zoo_models._is_floating(value) else value
+        for name, value in inputs.items()
+    }
+    model.requires_grad_(False)
+    with _without_cache(model), torch.enable_grad(), _Leaves(given) as leaves:
+        tree = model(**given)
+    target = _target(tree, inputs)
+    points = [(n, v) for n, v in given.items() if zoo_models._is_floating(v)]
+    points += [(n, v) for n, found in leaves.found.items() for v in found]
+    grads = torch.autograd.grad(target.sum(), [v for _, v in points], allow_unused=True)
+    wanted: dict[str, Tensor] = {}
+    for (name, value), grad in zip(points, grads, strict=True):
+        if grad is None:
+            continue
+        product = (value * grad).detach()
+        if not zoo_models._is_floating(inputs[name]):
+            product = product.sum(-1).reshape(inputs[name].shape)
+        wanted[name] = wanted.get(name, 0) + product
+    return _relevance_difference(relevance, wanted)
+
+
+def _target(tree: Any, inputs: Inputs) -> Tensor:
+    """The default target on the model's own outputs."""
+    leaves, _ = pytree.tree_flatten(tree)
+    floating = [v for v in leaves if zoo_models._is_floating(v) and v.dim() > 0]
+    logits = getattr(tree, "logits", None)
+    first = logits if isinstance(logits, Tensor) else floating[0]
+    named = {"logits": first}
+    masks = {n: v for n, v in inputs.items() if n.endswith("attention_mask") and v.dim() == 2}
+    return Logit().choose(Outputs(named, tree, masks)).value
+
+
+def _flat(tree: Any) -> list[Tensor]:
+    return [v for v in pytree.tree_leaves(tree) if zoo_models._is_floating(v)]
+
+
+def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Largest relative difference, each tensor relative to its largest element."""
+    if len(ours) != len(theirs):
+        raise AssertionError(f"{len(ours)} outputs against {len(theirs)}")
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        if a.shape != b.shape:
+            raise AssertionError(f"shape {tuple(a.shape)} against {tuple(b.shape)}")
+        if b.numel():
+            same = (a == b) | (a.isnan() & b.isnan())
+            gap = torch.where(same, 0.0, (a - b).abs()).max()
+            finite = b[torch.isfinite(b)]
+            scale = finite.abs().max() if finite.numel() else torch.ones(())
+            worst = max(worst, _number(gap / scale.clamp(min=1e-12)))
+    return worst
+
+
+def _number(value: Any) -> float:
+    """A float that JSON can hold: NaN is infinite."""
+    value = float(value)
+    return value if value == value and abs(value) < 1e300 else 1e300
+
+
+def _shapes(inputs: Inputs) -> list[Any]:
+    return [tuple(v.shape) for v in inputs.values() if isinstance(v, Tensor)]
+
+
+def _casts(captured: torch.fx.GraphModule) -> bool:
+    """Whether a value that depends on what is explained is cast below float64."""
+    marked = copy.deepcopy(captured.graph)
+    graph_module = torch.fx.GraphModule(captured, marked)
+    run_passes(graph_module, PassContext(None, COMPOSITES["gradient"], "error"), BEFORE_RULES)
+    low = (torch.float32, torch.bfloat16, torch.float16)
+    return any(
+        isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dtype in low
+        for node in explained_values(graph_module.graph)
+    )
+
+
+def _worker(name: str, path: str) -> None:
+    """Examine one architecture, and leave the row in a file after each check."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    arch = zoo_models.architectures()[name]
+    row = Row(arch.name, arch.kind, arch.class_name)
+    start = time.perf_counter()
+    try:
+        for _ in examine(arch, row):
+            _write(Path(path), json.dumps(asdict(row)))
+    except Exception as error:
+        row.reason = _reason(error)
+        row.seconds = round(time.perf_counter() - start, 1)
+        if os.environ.get("ZOO_TRACE"):
+            traceback.print_exc()
+    _write(Path(path), json.dumps(asdict(row)))
+
+
+def _reason(error: Exception) -> str:
+    """An error in a few lines: its message, and where it arose if it is not ours."""
+    text = f"{type(error).__name__}: {error}".strip()
+    if not isinstance(error, AttnLRPError):
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        own = [
+            f
+            for f in traceback.extract_tb(error.__traceback__)
+            if "/site-packages/" not in f.filename
+        ]
+        ours = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+        text = f"{text[:600]}\n  at {Path(frame.filename).name}:{frame.lineno}: {frame.line}{ours}"
+    return text.replace(str(Path(transformers.__file__).parents[1]) + "/", "")[:1500]
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file at once or not at all."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def run_one(name: str, limit: float, results: Path = RESULTS) -> Row:
+    """Examine one architecture in a process of its own."""
+    arch = zoo_models.architectures()[name]
+    path = results / f".zoo-{os.getpid()}-{name}.json"
+    process = multiprocessing.get_context("fork").Process(target=_worker, args=(name, str(path)))
+    start = time.perf_counter()
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        ending = f"took longer than {limit:.0f} s"
+    elif process.exitcode:
+        ending = f"ended by signal {signal.Signals(-process.exitcode).name}"
+    else:
+        ending = ""
+    row = (
+        Row(**json.loads(path.read_text()))
+        if path.exists()
+        else Row(name, arch.kind, arch.class_name)
+    )
+    path.unlink(missing_ok=True)
+    if ending:
+        row.reason, row.seconds = ending, round(time.perf_counter() - start, 1)
+    return row
+
+
+def load(path: Path) -> dict[str, Row]:
+    """The latest row of each architecture."""
+    rows: dict[str, Row] = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            row = Row(**json.loads(line))
+            rows[row.name] = row
+    return rows
+
+
+def summary(rows: Mapping[str, Row]) -> dict[str, int]:
+    """How many architectures hold each check."""
+    counts = Counter({"architectures": len(rows)})
+    for row in rows.values():
+        for check in ("captured", "rewritten", "forward", "law_1", "law_2", "attention"):
+            counts[check] += row.holds(check)
+        for check in ("dynamic_batch", "dynamic_length", "passed"):
+            counts[check] += bool(getattr(row, check))
+    return dict(counts)
+
+
+def markdown(rows: Mapping[str, Row]) -> str:
+    """The table, and the list of what does not pass."""
+    counts = summary(rows)
+    lines = [
+        "# Architectures",
+        "",
+        f"transformers {transformers.__version__}, torch {torch.__version__}. Tiny random models "
+        "in float64; errors are relative. `~` marks models that cast to float32 themselves "
+        f"(held to {CAST:g} instead of {EXACT:g}). Made by `benchmarks/zoo.py`.",
+        "",
+        ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items()),
+        "",
+        "| architecture | kind | captured | rules | law 1 | law 2 | batch | length | sdpa = eager "
+        "| nodes | s | passed |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    order = sorted(rows.values(), key=lambda row: (row.kind, row.name))
+    for row in order:
+        cells = [
+            row.name + (" ~" if row.casts else ""),
+            row.kind,
+            _mark(row.captured),
+            _mark(row.rewritten),
+            _error(row.law_1),
+            _error(row.law_2),
+            _mark(row.dynamic_batch),
+            _mark(row.dynamic_length),
+            _error(row.attention),
+            str(row.nodes or ""),
+            f"{row.seconds:.0f}",
+            _mark(row.passed),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    failed = [row for row in order if not row.passed]
+    if failed:
+        lines += ["", "## Not passed", ""]
+        for row in failed:
+            reason = " ".join(row.reason.split()) or "a check above does not hold"
+            lines.append(f"- **{row.name}** ({row.stage}): {reason[:400]}")
+    return "\n".join(lines) + "\n"
+
+
+def _mark(value: bool | None) -> str:
+    return "" if value is None else "yes" if value else "no"
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.0e}"
+
+
+def save(rows: Mapping[str, Row], results: Path = RESULTS) -> None:
+    """Write the table, whole or not at all."""
+    document = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "summary": summary(rows),
+        "rows": [{**asdict(row), "passed": row.passed} for row in rows.values()],
+    }
+    _write(results / "zoo.json", json.dumps(document, indent=1) + "\n")
+    _write(results / "zoo.md", markdown(rows))
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help="These architectures.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="These kinds of model.")] = None,
+    failed_again: Annotated[bool, typer.Option(help="Those that did not pass.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Those that are done, too.")] = False,
+    list_only: Annotated[bool, typer.Option("--list", help="Print the names and stop.")] = False,
+    limit: Annotated[float, typer.Option(help="Seconds for one architecture.")] = 180.0,
+    jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 1,
+    results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+) -> None:
+    """Run the zoo."""
+    archs = zoo_models.architectures()
+    unknown = [name for name in only or () if name not in archs]
+    if unknown:
+        raise typer.BadParameter(f"no architecture '{unknown[0]}'; see --list")
+    names = [n for n in only or archs if not kind or archs[n].kind in kind]
+    if list_only:
+        console.print(*names)
+        return
+    results.mkdir(parents=True, exist_ok=True)
+    journal = results / "zoo.jsonl"
+    rows = load(journal)
+    if failed_again:
+        names = [n for n in names if n in rows and not rows[n].passed]
+    elif not fresh and not only:
+        names = [n for n in names if n not in rows]
+    columns = (
+        TextColumn("{task.description:32}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("zoo", total=len(names))
+        for row in _run_all(names, limit, jobs, results):
+            rows[row.name] = row
+            with journal.open("a") as file:
+                file.write(json.dumps(asdict(row)) + "\n")
+            save(rows, results)
+            progress.update(task, advance=1, description=row.name)
+            console.print(_line(row), highlight=False)
+    console.print(_summary_table(rows))
+
+
+def _run_all(names: list[str], limit: float, jobs: int, results: Path) -> Iterator[Row]:
+    if jobs == 1:
+        for name in names:
+            yield run_one(name, limit, results)
+        return
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in as_completed([pool.submit(run_one, n, limit, results) for n in names]):
+            yield done.result()
+
+
+def _line(row: Row) -> str:
+    errors = " ".join(
+        f"{label} {_error(value)}"
+        for label, value in (
+            ("forward", row.forward),
+            ("law 1", row.law_1),
+            ("law 2", row.law_2),
+            ("program", row.program),
+            ("other sizes", row.other_program),
+            ("attention", row.attention),
+        )
+        if value is not None
+    )
+    verdict = "passed" if row.passed else f"FAILED at {row.stage}"
+    reason = "" if row.passed else "\n    " + row.reason.replace("\n", "\n    ")
+    return f"{row.name:28} {row.seconds:5.1f} s {verdict:18} {errors}{reason}"
+
+
+def _summary_table(rows: Mapping[str, Row]) -> Table:
+    table = Table(title="zoo", box=None)
+    for key in summary(rows):
+        table.add_column(key.replace("_", " "), justify="right")
+    table.add_row(*(str(value) for value in summary(rows).values()))
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
