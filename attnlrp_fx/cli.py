@@ -216,7 +216,7 @@ def explain(
 
     \b
     attnlrp-fx explain "a gripping, funny film"
-    attnlrp-fx explain --model ./gpt2 --target " Paris" "The capital of France is"
+    attnlrp-fx explain --model ./my-model --target " Paris" "The capital of France is"
     """
     with _one_line_errors(debug), _no_collection():
         check_texts(texts)

@@ -54,6 +54,7 @@ def smollm2() -> Any:
 
 
 OURS = "ours, inductor"
+COMPILED_PEER = "lxt-style, torch.compile"
 MODELS: dict[str, Callable[[], Any]] = {"llama": llama, "smollm2": smollm2}
 
 
@@ -70,7 +71,9 @@ def forward_backward(model: Any, inputs: dict[str, Tensor]) -> None:
     torch.autograd.grad(logits.logits[:, -1].amax(-1).sum(), embeds)
 
 
-def measure(name: str, lengths: list[int], rounds: int, device: str, dtype: str) -> dict[str, Any]:
+def measure(
+    name: str, lengths: list[int], rounds: int, device: str, dtype: str, compile_peer: bool
+) -> dict[str, Any]:
     """All contestants on one model."""
     model = MODELS[name]().to(device=device, dtype=getattr(torch, dtype))
     model.requires_grad_(False)
@@ -89,19 +92,22 @@ def measure(name: str, lengths: list[int], rounds: int, device: str, dtype: str)
     synchronise = torch.cuda.synchronize if device == "cuda" else None
     with peer.patched(model):
         compiled = torch.compile(model, dynamic=True)
-        console.print(f"{name}: compiling the lxt-style peer")
-        start = time.perf_counter()
-        for length in (48, 64, 80):
-            peer.relevance(compiled, text(vocabulary, length, device))
-        compile_seconds["lxt-style, torch.compile"] = time.perf_counter() - start
+        if compile_peer:
+            console.print(f"{name}: compiling the lxt-style peer")
+            start = time.perf_counter()
+            for length in (48, 64, 80):
+                peer.relevance(compiled, text(vocabulary, length, device))
+            compile_seconds[COMPILED_PEER] = time.perf_counter() - start
         for length in lengths:
             inputs = text(vocabulary, length, device)
             contestants: dict[str, Callable[[], Any]] = {
                 "lxt-style, eager": lambda inputs=inputs: peer.relevance(model, inputs),
-                "lxt-style, torch.compile": lambda inputs=inputs: peer.relevance(compiled, inputs),
+                COMPILED_PEER: lambda inputs=inputs: peer.relevance(compiled, inputs),
                 "ours, eager": lambda inputs=inputs: explainers["eager"](inputs),
-                "ours, inductor": lambda inputs=inputs: explainers["inductor"](inputs),
+                OURS: lambda inputs=inputs: explainers["inductor"](inputs),
             }
+            if not compile_peer:
+                del contestants[COMPILED_PEER]
             seconds = medians(contestants, rounds, synchronise)
             theirs = peer.relevance(model, inputs).double()
             ours = explainers["inductor"](inputs).relevance["input_ids"].double()
@@ -163,13 +169,16 @@ def main(
     rounds: Annotated[int, typer.Option(help="timed turns of each contestant")] = 11,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[str, typer.Option(help="dtype of the models")] = "float32",
+    compile_peer: Annotated[
+        bool, typer.Option(help="also the peer under torch.compile: many minutes on 30 layers")
+    ] = True,
     output: Annotated[Path | None, typer.Option(help="JSON file of the results")] = None,
 ) -> None:
     """Time explanations against the peer and plain passes."""
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     results = []
     for name in names or list(MODELS):
-        results.append(measure(name, tokens or [128, 512], rounds, device, dtype))
+        results.append(measure(name, tokens or [128, 512], rounds, device, dtype, compile_peer))
         torch.compiler.reset()
         show(results[-1])
     found = {

@@ -1,8 +1,9 @@
-"""Agreement with the real lxt: tiny random models of each family that lxt knows.
+"""Agreement with the real lxt: tiny random models of each family that it knows, and SmolLM2.
 
 One column a candidate: the largest difference to lxt's relevance over lxt's largest relevance. The
 weights, norms and biases included, are drawn wide, so that a rule applied wrongly shows. The models
-have no meaning; they need none, since both sides must compute the same number.
+have no meaning; they need none, since both sides must compute the same number. SmolLM2-135M comes
+with its real weights.
 
     python benchmarks/lxt_peer.py             exit status 1 if any difference is above 1e-5
 """
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import models
 import torch
 import typer
 from lxt_environment import LxtError, LxtExplanation, run_lxt
@@ -21,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_model
 from transformers import (
+    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -34,6 +37,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+import attnlrp_fx
 
 TOLERANCE = 1e-5
 VOCABULARY = 97
@@ -112,7 +117,14 @@ def peer_relevance(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Ten
         return relevance(model, {"input_ids": input_ids})
 
 
-CANDIDATES: dict[str, Candidate] = {"peer": peer_relevance}
+def our_relevance(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """The column "ours": this package, eager backend."""
+    explainer = attnlrp_fx.compile(model, {"input_ids": input_ids}, backend="eager")
+    found: torch.Tensor = explainer(input_ids=input_ids).relevance["input_ids"]
+    return found
+
+
+CANDIDATES: dict[str, Candidate] = {"ours": our_relevance, "peer": peer_relevance}
 """Column name → relevance (batch, sequence) of the largest last logit of each row."""
 
 
@@ -143,7 +155,10 @@ def main(batch: int = 2, length: int = 17) -> None:
     input_ids = torch.randint(
         VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1)
     )
-    for name, (_, model) in families().items():
+    contestants = {name: model for name, (_, model) in families().items()}
+    smollm2 = AutoModelForCausalLM.from_pretrained(models.smollm2(), dtype=torch.float32)
+    contestants["SmolLM2-135M"] = smollm2.train(False)
+    for name, model in contestants.items():
         try:
             expected = reference(model, input_ids)
         except LxtError as error:
