@@ -41,14 +41,15 @@ class InputChecks:
         """The inputs in the program's order, checked and on its device.
 
         Raises:
-            InputError: a name, type, rank, size or dtype that does not fit, or an index beyond
-                its table.
+            InputError: a name, type, rank, size or dtype that does not fit, an index beyond its
+                table, or sizes at which the model takes another path through its code.
         """
         self._check_names(inputs)
         values = [self._converted(name, inputs[name], device) for name in self.examples]
-        self._check_sizes(dict(zip(self.examples, values, strict=True)))
+        symbols = self._check_sizes(dict(zip(self.examples, values, strict=True)))
         if device.type != "meta":
             self._check_indices(values)
+        self._check_assumptions(symbols)
         return values
 
     def _check_names(self, inputs: Mapping[str, Any]) -> None:
@@ -94,8 +95,12 @@ class InputChecks:
                 )
         return value.to(device=device, dtype=example.dtype)
 
-    def _check_sizes(self, values: Mapping[str, Tensor]) -> None:
-        """Fixed sizes are met; sizes that were one symbol are equal; nothing is empty."""
+    def _check_sizes(self, values: Mapping[str, Tensor]) -> dict[str, int]:
+        """Fixed sizes are met; sizes that were one symbol are equal; nothing is empty.
+
+        Returns:
+            The size of each symbol.
+        """
         sizes: dict[str, tuple[int, str]] = {}
         for name, value in values.items():
             if value.numel() == 0:
@@ -120,7 +125,7 @@ class InputChecks:
                         f"input '{name}' has shape {tuple(value.shape)}",
                         why=f"dimension {dim} must equal {where}, which is {known}",
                     )
-        self._check_assumptions({symbol: size for symbol, (size, _) in sizes.items()})
+        return {symbol: size for symbol, (size, _) in sizes.items()}
 
     def _check_assumptions(self, symbols: Mapping[str, int]) -> None:
         """The sizes take the branches of the model's code that were captured; once for each set."""
