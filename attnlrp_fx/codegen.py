@@ -147,15 +147,52 @@ def _clean(program: fx.GraphModule) -> None:
         if is_op(node, "detach", "alias", "lift_fresh_copy"):
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
+    _functionalise(program.graph)
     _share_sizes(program.graph)
     program.graph.eliminate_dead_code()
     program.recompile()
 
 
+def _functionalise(graph: fx.Graph) -> None:
+    """Replace in-place ops on values that nothing else sees by their functional forms.
+
+    Derivatives and decompositions of PyTorch's fill their own temporaries in place. One whose
+    target is a view, or has views, is left for `_check_pure` to refuse.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if not _is_mutable(node):
+            continue
+        target, name = node.args[0], node.target.overloadpacket.__name__
+        functional = getattr(aten, name.removesuffix("_"), None)
+        if functional is None or _is_view(target) or any(map(_is_view, target.users)):
+            continue
+        with graph.inserting_after(node):
+            overload = getattr(functional, node.target._overloadname)
+            new = graph.call_function(overload, node.args, node.kwargs)
+        new.meta = dict(node.meta)
+        for user in list(target.users):
+            if user is not new and order[user] > order[node]:
+                user.replace_input_with(target, new)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node's value shares memory with its input's, as its op's schema says."""
+    if not isinstance(node.target, torch._ops.OpOverload) or _is_mutable(node):
+        return False
+    return any(result.alias_info is not None for result in node.target._schema.returns)
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def _check_pure(program: fx.GraphModule) -> None:
     """Raise RuleError if an op of the program writes in place: such a write would be lost."""
     for node in program.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        if _is_mutable(node):
             source = node.meta.get("custom", {})
             raise RuleError(
                 f"the {source.get('phase', 'traced')} program would write in place: {node.target}",

@@ -24,8 +24,8 @@ MOVES = [
     "repeat",
     "copy",
 ]
-SHIFTS = ["add", "sub", "mul", "remainder", "fmod", "clamp", "clamp_min", "clamp_max"]
-"""Ops that change an index by a constant (a shift, a hash) and leave it in its place."""
+SHIFTS = ["add", "sub", "clamp", "clamp_min", "clamp_max"]
+"""Ops that change an index by a constant and leave it in its place."""
 
 
 def table_and_indices(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

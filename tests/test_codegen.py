@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import attnlrp_fx
-from attnlrp_fx import ExplainableGraphModule
+from attnlrp_fx import ExplainableGraphModule, RuleError, codegen
 
 
 class Gated(nn.Module):
@@ -78,3 +79,35 @@ def test_program_exports_and_runs_again(explainer: ExplainableGraphModule) -> No
     explanation = explainer(x, target=1)
     torch.testing.assert_close(output, explanation.outputs, rtol=0, atol=0)
     torch.testing.assert_close(relevance, explanation.relevance["x"], rtol=0, atol=0)
+
+
+def test_in_place_ops_on_temporaries_become_functional() -> None:
+    """The derivative of maximum fills its own temporary in place."""
+
+    def program(x: Tensor) -> Tensor:
+        y = x * 2
+        y.masked_fill_(x > 0, 1.0)
+        y.add_(x)
+        return y + 1
+
+    traced = make_fx(program)(torch.randn(3))
+    assert any(op.endswith("_.Scalar") or "add_." in op for op in targets(traced))
+    codegen._functionalise(traced.graph)
+    traced.recompile()
+    codegen._check_pure(traced)
+    x = torch.randn(3)
+    torch.testing.assert_close(traced(x), program(x), rtol=0, atol=0)
+
+
+def test_writing_into_a_view_is_refused() -> None:
+    """What was written would be lost: the base does not change in a functional program."""
+
+    def program(x: Tensor) -> Tensor:
+        base = torch.zeros(6)
+        base.as_strided((3,), (2,)).copy_(x)
+        return base
+
+    traced = make_fx(program)(torch.randn(3))
+    codegen._functionalise(traced.graph)
+    with pytest.raises(RuleError, match="in place"):
+        codegen._check_pure(traced)
