@@ -38,14 +38,12 @@ class Captured:
 
     graph_module: fx.GraphModule
     """Placeholders are the tensor inputs, in order; the output is the flat list of outputs."""
-    input_names: tuple[str, ...]
-    """Name of each placeholder: the argument's name, with its path where it is nested."""
     output_spec: pytree.TreeSpec
     """Puts flat outputs back into the model's own output object."""
     output_names: tuple[str, ...]
     """Name of each flat output: "logits", "hidden_states.0", ..."""
     example: dict[str, Tensor]
-    """The example inputs that were captured, by placeholder."""
+    """The example inputs that were captured, by placeholder: the argument's name, and its path."""
     constants: dict[str, Any] = field(default_factory=dict)
     """Inputs that are not tensors; they are part of the graph."""
     notes: tuple[str, ...] = ()
@@ -303,7 +301,7 @@ def _captured(
     notes += _static_notes(graph_module)
     tensors = (leaf for leaf in example if isinstance(leaf, Tensor))
     given = dict(zip(names, tensors, strict=True))
-    return Captured(graph_module, names, out_spec, output_names, given, constants, notes)
+    return Captured(graph_module, out_spec, output_names, given, constants, notes)
 
 
 def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:

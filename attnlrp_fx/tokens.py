@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnlrp_fx.operators import aten, is_op, is_structural
+from attnlrp_fx.operators import is_op, is_structural
 
 MOVES = [
     "cat",
@@ -115,6 +115,3 @@ def _is_tensor(value: Any) -> bool:
 
 def _is_floating(node: fx.Node) -> bool:
     return bool(node.meta["val"].is_floating_point())
-
-
-__all__ = ["MOVES", "aten", "carry", "moved_inputs", "origin", "table_and_indices"]
