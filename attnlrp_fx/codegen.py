@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnlrp_fx.errors import RuleError
+from attnlrp_fx.functionalise import relax_views
 from attnlrp_fx.operators import aten, is_op
 from attnlrp_fx.partition import SEED, split
 from attnlrp_fx.tape import Tape
@@ -148,6 +149,7 @@ def _clean(program: fx.GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
     _functionalise(program.graph)
+    relax_views(program)
     _share_sizes(program.graph)
     program.graph.eliminate_dead_code()
     program.recompile()

@@ -111,3 +111,17 @@ def test_writing_into_a_view_is_refused() -> None:
     codegen._functionalise(traced.graph)
     with pytest.raises(RuleError, match="in place"):
         codegen._check_pure(traced)
+
+
+def test_views_do_not_mind_strides() -> None:
+    """A pad's derivative has the strides of what it cuts, unlike its fake: no view may mind."""
+
+    class Blocks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            heads = x.reshape(x.shape[0], x.shape[1], 2, 3)
+            padded = nn.functional.pad(heads, (0, 0, 0, 0, 0, -x.shape[1] % 4))
+            return padded.transpose(1, 2).softmax(-1).reshape(x.shape[0], 2, -1).sum(-1)
+
+    x = torch.randn(2, 7, 6).double()
+    explainer = attnlrp_fx.compile(Blocks().eval(), x, backend="eager")
+    assert explainer(x).relevance["x"].shape == x.shape
