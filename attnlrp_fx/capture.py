@@ -12,7 +12,7 @@ Batch and length of every input are tried as dynamic; the capture says which one
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +28,11 @@ from attnlrp_fx.torch_private import unlike_symbols
 
 Inputs = Mapping[str, Any] | Tensor | tuple[Any, ...]
 
-TRACEABLE_EXPERTS = "batched_mm"
-"""transformers' implementation of a mixture of experts in plain ops: gather weights, multiply."""
+TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")
+"""transformers' implementations of a mixture of experts that do not branch on data, best first.
+
+Tokens sorted by expert and multiplied group by group, or a matrix of weights gathered for each.
+"""
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def _capturable(model: nn.Module, inputs: dict[str, Any]) -> Iterator[list[str]]
     """Put a model into a state in which it can be captured, and back.
 
     Found by mechanism: any module whose config says `use_cache` is told not to; implementations of
-    attention and of experts that are no plain ATen ops are replaced by ones that are.
+    attention and of experts that cannot be traced are replaced by ones that can.
     """
     notes: list[str] = []
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
@@ -200,10 +203,8 @@ def _capturable(model: nn.Module, inputs: dict[str, Any]) -> Iterator[list[str]]
         if replaced:
             model.set_attn_implementation("sdpa")  # type: ignore[operator]
             notes.append(f"attention '{implementation}' is captured as 'sdpa'")
-        for module in experts:
-            module.set_experts_implementation(TRACEABLE_EXPERTS)
-        if experts:
-            notes.append(f"experts are captured as '{TRACEABLE_EXPERTS}'")
+        for name in dict.fromkeys(map(_set_traceable_experts, experts)):
+            notes.append(f"experts are captured as '{name}'")
         yield notes
     finally:
         for config in caching:
@@ -219,16 +220,27 @@ def _capturable(model: nn.Module, inputs: dict[str, Any]) -> Iterator[list[str]]
 def _experts_implementations(model: nn.Module) -> dict[Any, dict[str, str | None]]:
     """The modules whose experts run in a way that cannot be captured, and what they are set to.
 
-    A loop over the experts that were chosen depends on data, a grouped product is no plain op.
+    A loop over the experts that were chosen depends on data; others call kernels of their own.
     """
     found: dict[Any, dict[str, str | None]] = {}
     for module in model.modules():
         if not hasattr(module, "set_experts_implementation"):
             continue
         before = module.get_experts_implementation()  # type: ignore[operator]
-        if module._can_set_experts_implementation() and before[""] != TRACEABLE_EXPERTS:  # type: ignore[operator]
+        if module._can_set_experts_implementation() and before[""] not in TRACEABLE_EXPERTS:  # type: ignore[operator]
             found[module] = before
     return found
+
+
+def _set_traceable_experts(module: Any) -> str:
+    """Set a module's experts to the first implementation that it takes, and name it."""
+    *preferred, last = TRACEABLE_EXPERTS
+    for name in preferred:
+        with suppress(ValueError, ImportError):
+            module.set_experts_implementation(name)
+            return name
+    module.set_experts_implementation(last)
+    return last
 
 
 def _sub_configs(config: Any) -> list[Any]:

@@ -8,8 +8,9 @@ An op's kind says how its output depends on its *explained* inputs, the only one
 - activation: elementwise, one explained input;
 - softmax, attention, norm, reduction, selection: as named.
 
-The table is keyed by op packet (`aten.add` stands for all of its overloads). What is not here is
-decomposed by PyTorch where it knows how, and is an error where it does not.
+The table is keyed by op packet (`aten.add` stands for all of its overloads), and by name for the op
+of another library, which need not be installed. What is not here is decomposed by PyTorch where it
+knows how, and is an error where it does not.
 """
 
 import operator
@@ -98,6 +99,8 @@ PRODUCTS = {
     "conv_transpose1d": Product((0, 1), (2,)),
     "conv_transpose2d": Product((0, 1), (2,)),
     "conv_transpose3d": Product((0, 1), (2,)),
+    "_grouped_mm": Product((0, 1)),
+    "transformers::grouped_mm_fallback": Product((0, 1)),
 }
 
 ACTIVATIONS = """
@@ -153,11 +156,12 @@ def _packets(names: Sequence[str]) -> frozenset[Any]:
     return frozenset(getattr(aten, name) for name in names if hasattr(aten, name))
 
 
+_PRODUCTS = {n if "::" in n else getattr(aten, n): product for n, product in PRODUCTS.items()}
 _KINDS: dict[Any, Kind] = {
     **dict.fromkeys(_packets(VIEWS), Kind.LINEAR),
     **dict.fromkeys(_packets(CASTS), Kind.LINEAR),
     **dict.fromkeys(_packets(LINEAR), Kind.LINEAR),
-    **dict.fromkeys(_packets(tuple(PRODUCTS)), Kind.PRODUCT),
+    **dict.fromkeys(_PRODUCTS, Kind.PRODUCT),
     **dict.fromkeys(_packets(["div"]), Kind.QUOTIENT),
     **dict.fromkeys(_packets(ACTIVATIONS), Kind.ACTIVATION),
     **dict.fromkeys(_packets(SOFTMAX), Kind.SOFTMAX),
@@ -167,7 +171,6 @@ _KINDS: dict[Any, Kind] = {
     **dict.fromkeys(_packets(SELECTIONS), Kind.SELECTION),
     **dict.fromkeys(_packets(ELEMENTWISE_SELECTIONS), Kind.SELECTION),
 }
-_PRODUCTS = {getattr(aten, name): product for name, product in PRODUCTS.items()}
 _SUMS = _packets(SUMS)
 _SHAPE_ONLY = _packets(SHAPE_ONLY)
 SHAPE_LENT = {"expand_as": 1, "view_as": 1, "reshape_as": 1, "type_as": 1, "copy": 0}
@@ -179,8 +182,13 @@ _CASTS = _packets(CASTS)
 
 
 def packet(target: Any) -> Any:
-    """The op packet of an overload; anything else as it is."""
-    return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    """An op as tables key it: ATen's by its packet, another library's by its qualified name.
+
+    Anything else is returned as it is.
+    """
+    if not isinstance(target, torch._ops.OpOverload):
+        return target
+    return target.overloadpacket if target.namespace == "aten" else target._schema.name
 
 
 def is_op(node: fx.Node, *names: str) -> bool:

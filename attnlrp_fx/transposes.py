@@ -8,6 +8,7 @@ needed, too: traced under functorch, one with a bias reads its input's sizes as 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnlrp_fx.operators import aten, packet
@@ -21,7 +22,7 @@ def transpose_of(
     """The transpose of an op in what it explains, None where the table's line does not hold.
 
     Args:
-        op: an ATen overload that the table has.
+        op: an overload that the table has.
         args: its arguments.
         kwargs: its keyword arguments.
         primals: the explained ones among the arguments.
@@ -61,8 +62,26 @@ def _cast(args: Any, kwargs: Any, primals: Any) -> Transpose:
     return lambda c: [c.to(dtype)]
 
 
+def _grouped(product: Callable[..., Tensor]) -> Callable[[Any, Any, Any], Transpose | None]:
+    """y = product(x, weight, offsets), for rows x of (S, in) and matrices (E, in, out)."""
+
+    def transpose(args: Any, kwargs: Any, primals: Any) -> Transpose | None:
+        x, weight = args[:2]
+        offsets = args[2] if len(args) > 2 else kwargs.get("offs")
+        if x is not primals[0] or x.dim() != 2 or weight.dim() != 3:
+            return None
+        matrices = weight.transpose(1, 2)
+        return lambda c: [product(c.contiguous(), matrices, offsets)]
+
+    return transpose
+
+
 TRANSPOSES: dict[Any, Callable[[Any, Any, Any], Transpose | None]] = {
     aten.linear: _matrix,
+    aten._grouped_mm: _grouped(aten._grouped_mm),
+    "transformers::grouped_mm_fallback": _grouped(
+        lambda *args: torch.ops.transformers.grouped_mm_fallback(*args)
+    ),
     aten.view: _reshaped,
     aten.reshape: _reshaped,
     aten._unsafe_view: _reshaped,

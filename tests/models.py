@@ -82,6 +82,8 @@ def randomised(build: Callable[[], nn.Module]) -> nn.Module:
                     parameter.normal_(1.0 if "norm" in name and "weight" in name else 0.0, 0.2)
                 elif "embed" in name or "wte" in name or "shared" in name or "wpe" in name:
                     parameter.normal_(0.0, 0.7)
+                elif "experts" in name:
+                    parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
                 else:
                     parameter.normal_(0.0, parameter[0].numel() ** -0.5)
             for name, buffer in model.named_buffers():
@@ -243,6 +245,14 @@ CAUSAL = (
         layer_types=["sliding_attention", "full_attention"],
     ),
     _decoder("phi3", "Phi3ForCausalLM", GROUPED, RMS),
+    _decoder(
+        "mixtral",
+        "MixtralForCausalLM",
+        GROUPED,
+        RMS,
+        num_local_experts=5,
+        experts_implementation="eager",
+    ),
     _decoder(
         "gpt2",
         "GPT2LMHeadModel",

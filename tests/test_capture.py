@@ -99,6 +99,44 @@ def test_an_attention_of_ones_own_is_replaced_for_the_capture_only() -> None:
     assert any("attention_of_ones_own" in note for note in explainer.report().notes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+def test_experts_are_a_grouped_product_for_the_capture_only(dtype: torch.dtype) -> None:
+    """In float64 it is transformers' op, in bfloat16 PyTorch's."""
+    case = BY_NAME["mixtral"]
+    model, inputs = case.model(dtype), case.example(2, 6)
+    found = {}
+    for implementation in ("eager", "grouped_mm", "batched_mm"):
+        model.set_experts_implementation(implementation)
+        state = state_of(model)
+        explainer = attnlrp_fx.compile(model, inputs, backend="eager")
+        assert state_of(model) == state
+        assert model.config._experts_implementation == implementation
+        notes = " ".join(explainer.report().notes)
+        assert ("experts are captured as 'grouped_mm'" in notes) == (implementation == "eager")
+        products = [n for n in explainer.captured.graph.nodes if "grouped_mm" in str(n.target)]
+        assert len(products) == (0 if implementation == "batched_mm" else 2)
+        found[implementation] = explainer(**case.example(3, 9)).relevance["input_ids"]
+    largest = float(found["batched_mm"].abs().max())
+    assert torch.equal(found["eager"], found["grouped_mm"])
+    tolerance = largest * max(1e-9, 4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(found["grouped_mm"], found["batched_mm"], rtol=0, atol=tolerance)
+
+
+def test_experts_that_cannot_be_grouped_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["mixtral"]
+    model, inputs = case.model(), case.example(2, 6)
+    expected = attnlrp_fx.compile(model, inputs, backend="eager")(**inputs).relevance["input_ids"]
+
+    def refuse() -> None:
+        raise ValueError("no grouped product here")
+
+    monkeypatch.setattr(model, "_grouped_mm_can_dispatch", refuse)
+    explainer = attnlrp_fx.compile(model, inputs, backend="eager")
+    assert "experts are captured as 'batched_mm'" in explainer.report().notes
+    assert model.config._experts_implementation == "eager"
+    torch.testing.assert_close(explainer(**inputs).relevance["input_ids"], expected)
+
+
 # Doors
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401 registers the grouped product
 from references import Function, rewrite
 from torch import Tensor, fx
 from torch.testing import assert_close
@@ -37,8 +38,10 @@ def randn(*shape: int) -> Tensor:
     "name", sorted({*NAMES, *operators.SHAPE_ONLY, *operators.ELEMENTWISE_LINEAR})
 )
 def test_name_exists(name: str) -> None:
-    """A name that is no op of the installed torch would claim nothing, silently."""
-    assert isinstance(getattr(aten, name, None), torch._ops.OpOverloadPacket)
+    """A name that is no op of the installed libraries would claim nothing, silently."""
+    namespace, _, op = name.rpartition("::")
+    found = getattr(getattr(torch.ops, namespace or "aten"), op, None)
+    assert isinstance(found, torch._ops.OpOverloadPacket)
 
 
 def test_every_op_has_one_kind() -> None:
@@ -243,6 +246,9 @@ def _parts(value: Any) -> list[Tensor]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+GROUPS = torch.tensor([2, 2, 5], dtype=torch.int32)
+"""Where the rows of each of three groups end; the second has none."""
+
 PRODUCTS: dict[str, tuple[list[Tensor], Callable[..., Tensor]]] = {
     "mul": ([randn(2, 3), randn(3)], aten.mul),
     "matmul": ([randn(4, 2, 3), randn(3, 5)], aten.matmul),
@@ -272,6 +278,14 @@ PRODUCTS: dict[str, tuple[list[Tensor], Callable[..., Tensor]]] = {
     "conv_transpose3d": (
         [randn(1, 2, 3, 3, 3), randn(2, 3, 2, 2, 2), randn(3)],
         lambda x, w, b: aten.conv_transpose3d(x, w, b, [1, 1, 1]),
+    ),
+    "_grouped_mm": (
+        [randn(5, 4).round(), randn(3, 4, 8).round()],
+        lambda x, w: aten._grouped_mm(x.float(), w.float(), GROUPS).double(),
+    ),
+    "transformers::grouped_mm_fallback": (
+        [randn(5, 4), randn(3, 4, 8)],
+        lambda x, w: torch.ops.transformers.grouped_mm_fallback(x, w, GROUPS),
     ),
 }
 
@@ -463,3 +477,5 @@ def test_rounded_division_is_constant() -> None:
 def test_packet() -> None:
     assert packet(aten.add.Tensor) is aten.add
     assert packet(len) is len
+    foreign = "transformers::grouped_mm_fallback"
+    assert packet(torch.ops.transformers.grouped_mm_fallback.default) == foreign

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401 registers the grouped product
 from torch import Tensor
 
 from attnlrp_fx.operators import packet
@@ -52,7 +53,38 @@ def test_transpose_is_the_vjp(name: str) -> None:
 
 
 def test_every_entry_is_tested() -> None:
-    assert {packet(op) for op, _, _ in CALLS.values()} == TRANSPOSES.keys()
+    grouped = {packet(op()) for op, _ in GROUPED.values()}
+    assert grouped | {packet(op) for op, _, _ in CALLS.values()} == TRANSPOSES.keys()
+
+
+GROUPED: dict[str, tuple[Callable[[], Any], torch.dtype]] = {
+    "aten": (lambda: aten._grouped_mm.default, torch.bfloat16),
+    "transformers": (
+        lambda: torch.ops.transformers.grouped_mm_fallback.default,
+        torch.float64,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("transposed", [False, True], ids=["as they are", "transposed"])
+@pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
+def test_grouped_product(name: str, transposed: bool, strided: bool) -> None:
+    """Against autograd: functorch cannot differentiate a custom op."""
+    op, dtype = GROUPED[name][0](), GROUPED[name][1]
+    x = torch.randn(5, 16, dtype=dtype).requires_grad_()
+    weight = torch.randn(3, 16, 24, dtype=dtype)
+    if transposed:
+        weight = weight.mT.contiguous().mT
+    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
+    y = op(x, weight, offs=offsets)
+    c = torch.randn(1, 24, dtype=dtype).expand(5, 24) if strided else torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, c.contiguous())
+    transpose = transpose_of(op, (x, weight), {"offs": offsets}, [x], y)
+    assert transpose is not None
+    (found,) = transpose(c)
+    assert torch.equal(found, expected)
+    assert transpose_of(op, (x, weight, offsets), {}, [weight], y) is None
 
 
 def test_sum_of_two_explained_values() -> None:
