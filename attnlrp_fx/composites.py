@@ -18,6 +18,7 @@ from attnlrp_fx.rules import (
     Attention,
     Constant,
     Epsilon,
+    Explained,
     Gradient,
     Identity,
     Rule,
@@ -100,6 +101,7 @@ class Composite:
 
 _LINEAR_PARTS: tuple[tuple[Match, Rule], ...] = (
     (Match(kind=Kind.STATISTIC), Constant()),
+    (Match(kind=Kind.COEFFICIENT), Constant()),
     (Match(kind=Kind.NORM), StatisticConstant()),
     (Match(kind=Kind.LINEAR), Epsilon()),
     (Match(kind=Kind.SELECTION), Winner()),
@@ -114,7 +116,12 @@ _NONLINEAR_PARTS: tuple[tuple[Match, Rule], ...] = (
 
 ATTNLRP = Composite(
     "attnlrp",
-    (*_LINEAR_PARTS, (Match(kind=Kind.ATTENTION), Attention(weights=0.5)), *_NONLINEAR_PARTS),
+    (
+        *_LINEAR_PARTS,
+        (Match(kind=Kind.ROUTING), Explained()),
+        (Match(kind=Kind.ATTENTION), Attention(weights=0.5)),
+        *_NONLINEAR_PARTS,
+    ),
 )
 """AttnLRP for language models (Achtibat et al. 2024): ε = 0 everywhere, no γ."""
 
@@ -122,13 +129,14 @@ CP_LRP = Composite(
     "cp-lrp",
     (
         *_LINEAR_PARTS,
+        (Match(kind=Kind.ROUTING), Constant()),
         (Match(kind=Kind.ATTENTION), Attention(weights=0.0)),
         (Match(role="weights"), Constant()),
         (Match(role="gate"), Constant()),
         *_NONLINEAR_PARTS,
     ),
 )
-"""Attention weights and gates are constants (Ali et al. 2022)."""
+"""Attention weights, gates and routing are constants (Ali et al. 2022)."""
 
 GRADIENT = Composite("gradient", ((Match(), Gradient()),))
 """Gradient×Input."""

@@ -37,6 +37,8 @@ class Kind(StrEnum):
     ATTENTION = "attention"
     NORM = "norm"
     STATISTIC = "statistic"
+    COEFFICIENT = "coefficient"
+    ROUTING = "routing"
     REDUCTION = "reduction"
     SELECTION = "selection"
     UNKNOWN = "unknown"
@@ -228,6 +230,11 @@ def adds_up(op: Any) -> bool:
     """Whether an op adds several contributions up to each element of its output."""
     name = packet(op)
     return name in _SUMS or (name in _PRODUCTS and name is not aten.mul)
+
+
+def is_matrix_product(op: Any) -> bool:
+    """Whether an op multiplies and adds up: a matrix product, a convolution, a linear layer."""
+    return packet(op) in _PRODUCTS and adds_up(op)
 
 
 def is_cheap(node: fx.Node) -> bool:

@@ -33,6 +33,16 @@ def statistic(value: Tensor) -> Tensor:
     return value
 
 
+def coefficient(value: Tensor) -> Tensor:
+    """Mark the factor of a product in a recurrence that decides how much is taken over."""
+    return value
+
+
+def routing(value: Tensor) -> Tensor:
+    """Mark the factor of a product that weighs the experts that a router has chosen."""
+    return value
+
+
 def linear(op: Op, *args: Any, epsilon: float = 0.0, **kwargs: Any) -> Any:
     """ε rule: relevance in proportion to each input's contribution (eq. 8)."""
     return op(*args, **kwargs)
@@ -84,6 +94,10 @@ RELEVANCE_OPS: tuple[Op, ...] = (
     gradient,
 )
 """The ops that carry a coefficient from their output to their inputs."""
+
+
+MARKERS: tuple[Op, ...] = (statistic, coefficient, routing)
+"""What passes mark for the composite to decide whether it is held constant."""
 
 
 RULE_PARAMETERS: dict[Op, tuple[str, ...]] = {linear: ("epsilon",), attention: ("weights",)}

@@ -41,6 +41,13 @@ class Constant(Rule):
 
 
 @dataclass(frozen=True)
+class Explained(Rule):
+    """Let relevance into a value that a pass has marked: the opposite of `Constant`."""
+
+    kinds = frozenset({Kind.STATISTIC, Kind.COEFFICIENT, Kind.ROUTING})
+
+
+@dataclass(frozen=True)
 class Epsilon(Rule):
     """R_i = Σ_j W_ji x_i R_j / (z_j + ε sign(z_j)) (Achtibat et al. 2024, eq. 8).
 

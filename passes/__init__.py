@@ -16,11 +16,20 @@ from attnlrp_fx.passes.mark_sources import mark_sources
 from attnlrp_fx.passes.raise_activations import raise_activations
 from attnlrp_fx.passes.raise_attention import raise_attention
 from attnlrp_fx.passes.raise_norms import raise_norms
+from attnlrp_fx.passes.raise_routing import raise_routing
+from attnlrp_fx.passes.raise_scans import raise_scans
 
 NORMALISE: tuple[Pass, ...] = (drop_assertions, lower_copies, lower_pools, drop_identities)
 """Passes that leave the graph's meaning unchanged."""
 
-RAISE: tuple[Pass, ...] = (mark_sources, raise_attention, raise_norms, raise_activations)
+RAISE: tuple[Pass, ...] = (
+    mark_sources,
+    raise_attention,
+    raise_norms,
+    raise_routing,
+    raise_scans,
+    raise_activations,
+)
 """Passes that recognise what was decomposed."""
 
 PIPELINE: tuple[Pass, ...] = (*NORMALISE, *RAISE, assign_rules)
@@ -70,6 +79,8 @@ __all__ = [
     "raise_activations",
     "raise_attention",
     "raise_norms",
+    "raise_routing",
+    "raise_scans",
     "run_passes",
     "verify",
 ]

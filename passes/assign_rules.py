@@ -72,7 +72,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, kind: Kind, rule: Rule) -> None:
     if isinstance(rule, Constant) or node.target is operator.getitem:
         node.meta["rule"] = str(rule)
         return
-    if kind is Kind.STATISTIC:
+    if node.target in ops.MARKERS:
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)
         return

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from attnlrp_fx import ops
 from attnlrp_fx.composites import ATTNLRP, Composite
+from attnlrp_fx.operators import Kind
 from attnlrp_fx.provenance import describe
 
 
@@ -59,3 +61,15 @@ def finish(graph_module: fx.GraphModule) -> None:
     """Drop what a pass made dead, and recompile."""
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
+
+
+def mark(user: fx.Node, value: fx.Node, marker: ops.Op, kind: Kind, result: PassResult) -> fx.Node:
+    """Mark an input of a node, for that node alone, for the composite to decide about."""
+    graph = user.graph
+    with graph.inserting_after(value):
+        marked = graph.call_function(marker, (value,))
+    marked.meta["kind"] = kind
+    inherit(marked, value, result.name)
+    user.replace_input_with(value, marked)
+    result.changes += 1
+    return marked

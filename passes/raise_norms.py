@@ -30,7 +30,7 @@ from torch import fx
 from attnlrp_fx import ops
 from attnlrp_fx.analysis import explained_values
 from attnlrp_fx.operators import Kind, is_op, is_structural, kind_of, leaves
-from attnlrp_fx.passes.base import PassContext, PassResult, finish, inherit
+from attnlrp_fx.passes.base import PassContext, PassResult, finish, mark
 
 EVEN_REDUCTIONS = ("linalg_vector_norm", "norm", "std", "var", "std_mean", "var_mean")
 REDUCTIONS = (*EVEN_REDUCTIONS, "mean", "sum", "amax", "amin", "max", "min")
@@ -64,13 +64,7 @@ def raise_norms(graph_module: fx.GraphModule, context: PassContext) -> PassResul
                 if reason:
                     result.miss(node, reason)
                 continue
-            with graph.inserting_after(factor):
-                marked = graph.call_function(ops.statistic, (factor,))
-            marked.meta["kind"] = Kind.STATISTIC
-            inherit(marked, factor, result.name)
-            node.update_arg(position, marked)
-            result.changes += 1
-            explained.add(marked)
+            explained.add(mark(node, factor, ops.statistic, Kind.STATISTIC, result))
             break
     if result.changes:
         finish(graph_module)

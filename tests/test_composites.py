@@ -130,31 +130,35 @@ def test_print() -> None:
 
 ATTNLRP = """\
 composite attnlrp
-  kind=statistic   Constant()
-  kind=norm        StatisticConstant()
-  kind=linear      Epsilon()
-  kind=selection   Winner()
-  kind=attention   Attention(weights=0.5)
-  kind=activation  Identity()
-  kind=product     Uniform()
-  kind=softmax     Taylor()
-  kind=reduction   Taylor()
-  kind=quotient    Taylor()"""
+  kind=statistic    Constant()
+  kind=coefficient  Constant()
+  kind=norm         StatisticConstant()
+  kind=linear       Epsilon()
+  kind=selection    Winner()
+  kind=routing      Explained()
+  kind=attention    Attention(weights=0.5)
+  kind=activation   Identity()
+  kind=product      Uniform()
+  kind=softmax      Taylor()
+  kind=reduction    Taylor()
+  kind=quotient     Taylor()"""
 
 CP_LRP = """\
 composite cp-lrp
-  kind=statistic   Constant()
-  kind=norm        StatisticConstant()
-  kind=linear      Epsilon()
-  kind=selection   Winner()
-  kind=attention   Attention(weights=0.0)
-  role=weights     Constant()
-  role=gate        Constant()
-  kind=activation  Identity()
-  kind=product     Uniform()
-  kind=softmax     Taylor()
-  kind=reduction   Taylor()
-  kind=quotient    Taylor()"""
+  kind=statistic    Constant()
+  kind=coefficient  Constant()
+  kind=norm         StatisticConstant()
+  kind=linear       Epsilon()
+  kind=selection    Winner()
+  kind=routing      Constant()
+  kind=attention    Attention(weights=0.0)
+  role=weights      Constant()
+  role=gate         Constant()
+  kind=activation   Identity()
+  kind=product      Uniform()
+  kind=softmax      Taylor()
+  kind=reduction    Taylor()
+  kind=quotient     Taylor()"""
 
 
 def test_composite_named() -> None:

@@ -38,7 +38,8 @@ NOT_PASSES = ("__init__", "base")
 
 
 class Inner(nn.Module):
-    """Something for every pass: assertions, copies, identities, attention, a norm, a region."""
+    """Something for every pass: assertions, copies, identities, attention, a norm, a region,
+    a router and a recurrence."""
 
     def __init__(self):
         super().__init__()
@@ -53,6 +54,11 @@ class Inner(nn.Module):
         y = x + aten.copy(torch.zeros_like(x), y) + F.adaptive_avg_pool1d(x, 1)
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)
         gate = self.gate(y)
+        weights = y.topk(2, -1).values
+        y = y + (weights * self.up(y)[..., :2]).sum(-1, keepdim=True)
+        decay = torch.sigmoid(y)
+        carried = decay[:, 1:] * (decay[:, :-1] * y[:, 1:] + y[:, :-1])
+        y = torch.cat([y[:, :1], carried], 1)
         return gate * torch.sigmoid(1.702 * gate) * self.up(y)
 
 
@@ -233,6 +239,8 @@ def test_pipeline_is_the_documented_tuple():
         "mark_sources",
         "raise_attention",
         "raise_norms",
+        "raise_routing",
+        "raise_scans",
         "raise_activations",
         "assign_rules",
     ]
