@@ -134,7 +134,8 @@ def _export(model: nn.Module, example: dict[str, Any], shapes: Any) -> ExportedP
     if isinstance(shapes, Mapping):
         shapes = _by_parameter(model, shapes)
     try:
-        return torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
+        with torch.enable_grad():  # else a region of the model's own without gradients has no mark
+            return torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise _capture_error(model, error) from error
 

@@ -3,9 +3,13 @@
 `torch.export` leaves a model's in-place ops, its no-grad regions, and composite ops of every kind.
 PyTorch's own decomposition removes them, at the price of tracing the model a second time. Most
 models need none of it on the way that relevance takes: then only the no-grad regions are inlined.
+
+What leaves a no-grad region is a constant to the model's gradient, and so to relevance: either way
+it goes through a `detach`.
 """
 
 import warnings
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -24,6 +28,7 @@ def functional(exported: ExportedProgram) -> fx.GraphModule:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        detach_regions(exported)
         graph_module = exported.module(check_guards=False)
         assert isinstance(graph_module, fx.GraphModule)
         inline_regions(graph_module)
@@ -48,6 +53,46 @@ def relax_views(graph_module: fx.GraphModule) -> None:
         for node in graph_module.graph.find_nodes(op="call_function", target=view):
             node.target = aten.reshape.default
     graph_module.recompile()
+
+
+def detach_regions(exported: ExportedProgram) -> None:
+    """Detach what a no-grad region makes of the program's inputs, where it leaves the region.
+
+    Within the region, so that nothing about the program changes: there are no gradients to stop.
+    """
+    placeholders = exported.graph_module.graph.find_nodes(op="placeholder")
+    names = {str(node.name) for node in placeholders}
+    _detach_regions(exported.graph_module, names - set(exported.graph_signature.user_inputs))
+
+
+def _detach_regions(graph_module: fx.GraphModule, constants: Set[str]) -> None:
+    for node in graph_module.graph.nodes:
+        if not _is_region(node):
+            continue
+        body_node = next(arg for arg in node.args if _is_submodule(graph_module, arg))
+        body = getattr(graph_module, body_node.target)
+        _detach_regions(body, frozenset())
+        if node.args[0] is False:
+            given = node.args[node.args.index(body_node) + 1 :]
+            _detach_outputs(body.graph, [arg.name not in constants for arg in given])
+            body.recompile()
+
+
+def _detach_outputs(body: fx.Graph, is_input: Sequence[bool]) -> None:
+    """Put a detach before each floating output of a region that is not a constant anyway."""
+    placeholders = zip(body.find_nodes(op="placeholder"), is_input, strict=True)
+    varies = {node for node, varying in placeholders if varying and _is_floating(node)}
+    for node in body.nodes:
+        looks_up = node.op == "call_function" and is_op(node, *LOOKUPS)
+        if looks_up or any(leaf in varies for leaf in node.all_input_nodes):
+            varies.add(node)
+    output = body.output_node()
+    for leaf in output.all_input_nodes:
+        if leaf in varies and _is_floating(leaf) and not is_op(leaf, "detach"):
+            with body.inserting_before(output):
+                held = body.call_function(aten.detach.default, (leaf,))
+            held.meta = dict(leaf.meta)
+            output.replace_input_with(leaf, held)
 
 
 def inline_regions(graph_module: fx.GraphModule) -> None:

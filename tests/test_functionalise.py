@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import export
 
+import attnlrp_fx
 from attnlrp_fx.functionalise import functional, inline_regions, needs_decomposition
 
 
@@ -54,6 +55,39 @@ def test_functional(model: nn.Module, decomposed: bool) -> None:
     after = functional(exported)
     assert not needs_decomposition(after)
     torch.testing.assert_close(after(x), model(x), rtol=0, atol=0)
+
+
+class Frozen(nn.Module):
+    """A part of the model's own without gradients, and then one with them."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            frozen = x * x
+        y = frozen * x.sin()
+        if self.in_place:
+            y[:, 0] = 1.0
+        return y
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_leaves_a_no_grad_region_is_a_constant(in_place: bool, grad: bool) -> None:
+    model, x = Frozen(in_place), torch.randn(3, 4).double()
+    with torch.set_grad_enabled(grad):
+        explainer = attnlrp_fx.compile(model.eval(), x, composite="gradient", backend="eager")
+        found = explainer(x, target=1).relevance["x"]
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+    torch.testing.assert_close(found, x * gradient, rtol=1e-12, atol=0)
+
+
+def test_constants_of_a_no_grad_region_need_no_detach() -> None:
+    graph_module = functional(export(NoGradRegion(), (torch.randn(3, 4),), strict=False))
+    assert not [node for node in graph_module.graph.nodes if "detach" in str(node.target)]
 
 
 def test_regions_leave_nothing_behind() -> None:
