@@ -162,15 +162,100 @@ SMALL: dict[str, Any] = {
     "laurel_rank": 4,
     "num_latents": 6,
     "num_labels": LABELS,
+    "deepstack_visual_indexes": (0, 1),
+    "num_position_embeddings": 16,
+    "image_grid_pinpoints": ([32, 64],),
+    "reassemble_hidden_size": HIDDEN,
+    "vision_output_dim": HIDDEN,
+    "decoder_in_channels": HIDDEN,
+    "encoder_in_channels": (24, 32, 48),
+    "stem_out_channels": 16,
+    "num_patches": 16,
+    "position_embedding_size": 16,
+    "pos_emb_height": 8,
+    "pos_emb_width": 8,
+    "mm_tokens_per_image": 4,
+    "fullatt_block_indexes": (1,),
+    "vision_feature_layers": (-1, -2),
+    "entity_vocab_size": VOCABULARY,
+    "pronunciation_vocab_size": VOCABULARY,
+    "shape_vocab_size": VOCABULARY,
+    "num_filters": 4,
+    "width_coefficient": 0.125,
+    "depth_coefficient": 0.3,
 }
 """Field of a config → small value, wherever a config has the field."""
 
 WANTED = ("num_key_value_heads", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
 """Fields that are set even where the default is None."""
 
+MROPE = {"mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0}
+"""Rotary embeddings of time, height and width, for the small head dimension."""
+
 NESTED = ("depths", "num_blocks", "encoder_depths")
 STAGES = (16, 24, 32, 48, 64)
-WIDTHS = ("hidden_sizes", "embed_dims", "encoder_hidden_sizes", "neck_hidden_sizes", "hidden_dims")
+WIDTHS = """hidden_sizes embed_dims encoder_hidden_sizes neck_hidden_sizes hidden_dims
+post_process_channels""".split()
+
+GEMMA3N: dict[str, Any] = {
+    "intermediate_size": [48, 48],
+    "activation_sparsity_pattern": [0.0, 0.0],
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+HGNET: dict[str, Any] = {
+    "stem_channels": [3, 8, 12],
+    "stage_in_channels": [12, 16, 24, 32],
+    "stage_mid_channels": [8, 8, 12, 16],
+    "stage_out_channels": [16, 24, 32, 48],
+    "stage_num_blocks": [1, 1, 1, 1],
+    "stage_numb_of_layers": [2, 2, 2, 2],
+}
+CHAMELEON_VQ: dict[str, Any] = {
+    "num_embeddings": 8,
+    "embed_dim": 16,
+    "latent_channels": 16,
+    "base_channels": 32,
+    "channel_multiplier": (1, 1, 1, 1),
+    "resolution": 32,
+}
+LCNET: dict[str, Any] = {
+    "stem_channels": [3, 8, 16],
+    "block_configs": [
+        [[3, 16, 16, 1, True]],
+        [[3, 16, 24, 2, False]],
+        [[3, 24, 32, 2, False]],
+        [[3, 32, 48, 2, False]],
+    ],
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
+INTRACLASS: dict[str, Any] = {
+    "neck_out_channels": 32,
+    "scale_factor_list": [1, 2, 4, 8],
+    "kernel_list": [3, 2, 2],
+    "intraclass_block_config": {
+        "reduce_channel": [1, 1, 0],
+        "return_channel": [1, 1, 0],
+        **{
+            f"{name}_{ratio}ratio": [
+                [tall * r + 1, wide * r + 1],
+                [1, 1],
+                [tall * r // 2, wide * r // 2],
+            ]
+            for ratio, r in (("long", 6), ("mid", 4), ("short", 2))
+            for name, tall, wide in (
+                ("vertical_long_to_small_conv", 1, 0),
+                ("horizontal_small_to_long_conv", 0, 1),
+                ("symmetric_conv_long", 1, 1),
+            )
+        },
+    },
+}
+PARAKEET: dict[str, Any] = {"num_mel_bins": 16, "subsampling_conv_channels": 16}
+SAM: dict[str, Any] = {"downsample_channels": [16, 32], "output_channels": 16}
+COMPASS_ROPE: dict[str, Any] = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+}
 
 CONFIGS: dict[str, dict[str, Any]] = {}
 """Model type → fields that the dictionary above does not make fit. Nested for sub-configs."""
@@ -225,8 +310,12 @@ CONFIGS.update(
         },
         "xlnet": {"d_head": 8},
         "blt": {
-            part: {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
-            for part in ("encoder_config", "decoder_config", "global_config", "patcher_config")
+            "patch_size": 4,
+            "encoder_hash_byte_group_vocab": 50,
+            "encoder_config": {"num_key_value_heads": 4, "hidden_size_global": 32},
+            "decoder_config": {"num_key_value_heads": 4, "hidden_size_global": 32},
+            "global_config": {"num_key_value_heads": 4},
+            "patcher_config": {"num_key_value_heads": 4},
         },
         "bailing_hybrid": {"num_hidden_layers": 4, "layer_group_size": 2},
         "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1], "mamba_n_groups": 1},
@@ -242,16 +331,11 @@ CONFIGS.update(
             "mamba_d_head": 8,
             "mamba_n_groups": 1,
         },
-        "gemma3n_text": {
-            "intermediate_size": [48, 48],
-            "activation_sparsity_pattern": [0.0, 0.0],
-            "num_kv_shared_layers": 0,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
+        "gemma3n_text": GEMMA3N,
         "hunyuan_v1_dense": {"head_dim": 8},
         "hunyuan_v1_moe": {"head_dim": 8},
-        "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
-        "efficientnet": {"hidden_dim": 2560},
+        "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
+        "efficientnet": {"hidden_dim": 160},
         "textnet": {"image_size": 32},
         "bit": {"num_groups": 8},
         "levit": {"image_size": 64, "patch_size": 16},
@@ -262,11 +346,191 @@ CONFIGS.update(
             "neck_hidden_sizes": (8, 16, 24, 32, 40, 48, 64),
         },
         "mobilevitv2": {"image_size": 64, "patch_size": 2},
-        "hgnet_v2": {"hidden_sizes": (256, 512, 1024, 2048)},
-        "cvt": {"depth": (1, 1, 2), "embed_dim": (16, 32, 48), "num_heads": (1, 2, 4)},
+        "cvt": {"depth": (1, 2, 3), "embed_dim": (16, 32, 48), "num_heads": (1, 2, 4)},
         "nystromformer": {"num_landmarks": 64, "segment_means_seq_len": 64},
-        "granite_speech5_ctc": {"context_size": 16},
+        "granite_speech5_ctc": {"encoder_config": {"context_size": 16}},
         "albert": {"embedding_size": 16},
+        "aria": {
+            "projector_patch_to_query_dict": {16: 4},
+            "max_value_projector_patch_to_query_dict": 4,
+        },
+        "blip-2": {"image_token_index": 88},
+        "instructblip": {"image_token_index": 88},
+        "instructblipvideo": {"video_token_index": 88},
+        "chameleon": {
+            "vocabulary_map": {"<image>": 89, **{f"IMGIMG{'ABCDEFGH'[i]}Z": i for i in range(8)}},
+            "vq_config": CHAMELEON_VQ,
+        },
+        "cohere_compass": {"text_config": {"rope_parameters": COMPASS_ROPE}},
+        "cohere_compass_text": {"rope_parameters": COMPASS_ROPE},
+        "deepseek_ocr2": {
+            "text_config": {"mlp_layer_types": ["dense", "sparse"]},
+            "vision_config": {"sam_config": SAM},
+        },
+        "unlimited_ocr": {"vision_config": {"sam_config": SAM}},
+        "diffusion_gemma": {
+            "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}
+        },
+        "exaone4_5": {"vision_config": {"window_size": 32}},
+        "hyperclovax_vision_v2": {"vision_config": {"window_size": 32}},
+        "qwen2_5_omni_thinker": {
+            "vision_start_token_id": 83,
+            "vision_end_token_id": 84,
+            "vision_config": {"window_size": 32},
+        },
+        "qwen2_5_vl": {"vision_config": {"window_size": 32}},
+        "qwen3_omni_moe_thinker": {"vision_start_token_id": 83, "vision_end_token_id": 84},
+        "florence2": {
+            "vision_config": {
+                "patch_size": (7, 3, 3, 3),
+                "embed_dim": (16, 24, 32, 48),
+                "num_heads": (4, 4, 4, 4),
+                "num_groups": (4, 4, 4, 4),
+            }
+        },
+        "gemma3n": {"text_config": GEMMA3N},
+        "gemma4_unified": {
+            "vision_config": {"mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32}
+        },
+        "hunyuan_vl": {"text_config": {"head_dim": 8}},
+        "llama4": {
+            "vision_config": {
+                "intermediate_size": 128,
+                "projector_input_dim": 32,
+                "projector_output_dim": 32,
+            }
+        },
+        "mistral4": {"head_dim": 16},
+        "mllama": {
+            "text_config": {"cross_attention_layers": [1]},
+            "vision_config": {
+                "intermediate_layers_indices": [0, 1],
+                "vision_output_dim": 96,
+                "num_global_layers": 1,
+            },
+        },
+        "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+        "muse_spark": {"out_hidden_size": 128, "audio_config": {"num_hidden_layers": 4}},
+        "nemotron_h_omni": {
+            "image_token_id": 88,
+            "vision_config": {"video_temporal_patch_size": 2},
+        },
+        "step3p7": {"text_config": {"sliding_window": 4}},
+        "align": {"projection_dim": 40, "vision_config": {"hidden_dim": 160}},
+        "deepseek_vl_hybrid": {"high_res_vision_config": {"global_attn_indexes": [0, 1]}},
+        "janus": {"vq_config": CHAMELEON_VQ},
+        "canary": {"encoder_config": PARAKEET},
+        "cohere_asr": {"encoder_config": PARAKEET},
+        "parakeet_ctc": {"encoder_config": PARAKEET},
+        "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
+        "nemo_speechlm": {
+            "audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": 32}}}
+        },
+        "shieldgemma2": {"yes_token_index": 20, "no_token_index": 21},
+        "neomme": {"head_dim": 16},
+        "ministral": {"head_dim": 8},
+        "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+        "zaya": {"num_experts_per_tok": 1},
+        "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
+        "lilt": {"hidden_size": 48},
+        "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
+        "lw_detr": {
+            "projector_scale_factors": [1.0],
+            "backbone_config": {"num_windows": 4, "window_block_indices": [0, 1, 3]},
+        },
+        "swin2sr": {
+            "image_size": 16,
+            "patch_size": 1,
+            "embed_dim": 16,
+            "depths": (1, 1),
+            "num_heads": (2, 2),
+        },
+        "hgnet_v2": HGNET,
+        "vipllava": {"vision_feature_layer": (-1, -2)},
+        "zamba": {
+            "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+            "num_hidden_layers": 3,
+            "attention_hidden_size": 64,
+            "attention_head_dim": 16,
+        },
+        "zamba2": {
+            "layers_block_type": ["linear_attention", "hybrid"],
+            "attention_hidden_size": 64,
+            "attention_head_dim": 16,
+            "mamba_headdim": 8,
+        },
+        "sapiens2": {
+            "num_hidden_layers": 2,
+            "num_key_value_heads_per_layer": [4, 2],
+            "head_config": {"upsample_out_channels": [16, 12], "conv_out_channels": [12]},
+        },
+        "depth_pro": {
+            "patch_size": 32,
+            "intermediate_hook_ids": (1, 0),
+            "intermediate_feature_dims": (16, 16),
+            "scaled_images_feature_dims": (16, 24, 16),
+        },
+        "zoedepth": {"bottleneck_features": 32, "bin_embedding_dim": 16},
+        "pp_ocrv5_server_det": {"backbone_config": HGNET, **INTRACLASS},
+        "pp_ocrv6_medium_det": {"backbone_config": LCNET, **INTRACLASS},
+        "pp_ocrv6_small_det": {
+            "backbone_config": LCNET,
+            "layer_list_out_channels": (16, 24, 32, 48),
+        },
+        "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+        "moonshine_streaming": {
+            "num_key_value_heads": 4,
+            "encoder_config": {"num_key_value_heads": 4, "sliding_windows": [[16, 4], [16, 4]]},
+        },
+        "kyutai_speech_to_text": {
+            "codec_config": {
+                "upsample_groups": 32,
+                "num_filters": 4,
+                "codebook_size": 16,
+                "codebook_dim": 16,
+                "vector_quantization_hidden_dimension": 16,
+            }
+        },
+        "pix2struct": {
+            "text_config": {"hidden_size": 32},
+            "vision_config": {"patch_embed_hidden_size": 48},
+        },
+        "paddleocr_vl": {
+            "text_config": {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **MROPE},
+            }
+        },
+        "kosmos-2": {"latent_query_num": 3},
+        "muse_glimmer": {"out_hidden_size": 128},
+        "granite4_vision": {
+            "deepstack_layer_map": [[0, 0]],
+            "spatial_target_layers": [0, 1, 0, 1],
+            "downsample_rate": "1/2",
+            "vision_config": {"hidden_size": 64},
+        },
+        "emu3": {
+            "vocabulary_map": {
+                "<image>": 89,
+                "<|extra_200|>": 88,
+                **{f"<|visual token {i:06d}|>": i for i in range(8)},
+            },
+            "vq_config": {
+                "codebook_size": 8,
+                "embed_dim": 4,
+                "base_channels": 32,
+                "channel_multiplier": (1, 1),
+                "num_attention_heads": 1,
+            },
+        },
+        "d_fine": {"backbone_config": HGNET},
+        "deimv2": {"backbone_config": HGNET},
+        "pp_doclayout_v2": {
+            "backbone_config": HGNET,
+            "class_thresholds": [0.5] * LABELS,
+            "class_order": [0, 1, 2],
+        },
+        "pp_doclayout_v3": {"backbone_config": HGNET, "x4_feat_dim": 16},
+        "pp_doclayout_v4": {"backbone_config": HGNET},
         "gpt_oss": {"head_dim": 8},
         "bloom": {"hidden_size": 32},
     }
@@ -372,12 +636,14 @@ def _small_fields(config_class: Any, overrides: Mapping[str, Any]) -> dict[str, 
     for name, value in values.items():
         if name in aliases:
             continue
-        if value is None and name not in WANTED:
+        if value == 0 or (value is None and name not in WANTED):
             continue
         if name in SMALL and not isinstance(value, str | bool | dict):
             listed = isinstance(value, list | tuple)
             small = SMALL[name]
-            if listed == isinstance(small, tuple):
+            if listed and isinstance(small, tuple):
+                fields[name] = type(value)(small)
+            elif not listed and not isinstance(small, tuple):
                 fields[name] = small
             elif listed:
                 fields[name] = type(value)([small] * len(value))
@@ -385,24 +651,42 @@ def _small_fields(config_class: Any, overrides: Mapping[str, Any]) -> dict[str, 
             fields[name] = type(value)([1] * len(value))
         elif name in WIDTHS and isinstance(value, list | tuple):
             fields[name] = type(value)(STAGES[: len(value)])
-        elif name.endswith(TOKENS) and isinstance(value, int) and value >= VOCABULARY:
+        elif name.endswith(TOKENS) and isinstance(value, int) and value > 3:
             fields[name] = _special_token(name)
+    if "mrope_section" in (getattr(config_class, "ignore_keys_at_rope_validation", None) or ()):
+        fields["rope_parameters"] = {**(values.get("rope_parameters") or {}), **MROPE}
     if values.get("kv_lora_rank") and "num_key_value_heads" in fields:
         fields["num_key_value_heads"] = HEADS
     fields["num_labels"] = LABELS
+    fields.update(overrides)
     if "tie_word_embeddings" in values:
         fields["tie_word_embeddings"] = bool(values["tie_word_embeddings"])
     for name in getattr(config_class, "sub_configs", {}):
         sub = getattr(default, name, None) if default is not None else None
         sub_class = type(sub) if sub is not None else config_class.sub_configs[name]
         if sub_class.__name__ == "AutoConfig" or isinstance(sub, dict):
-            continue
-        inner = _small_fields(sub_class, overrides.get(name, {}))
+            continue  # an override stands as it is
+        inner = _small_fields(sub_class, {**_stages(sub), **overrides.get(name, {})})
         fields[name] = {**inner, "model_type": sub_class.model_type}
-    fields.update(
-        {k: v for k, v in overrides.items() if not (isinstance(v, Mapping) and k in fields)}
-    )
     return fields
+
+
+def _stages(backbone: Any) -> dict[str, Any]:
+    """The stages that a backbone returns; a transformer is made to have as many layers."""
+    indices = getattr(backbone, "out_indices", None)
+    if not indices or getattr(backbone, "stage_names", None) is None:
+        return {}
+    switches = {k: v for k, v in backbone.__dict__.items() if isinstance(v, bool)}
+    if getattr(backbone, "num_hidden_layers", None) is None:
+        return {"out_features": list(backbone.out_features)}
+    count = len(indices)
+    if count == 1:
+        return switches
+    return {
+        **switches,
+        "num_hidden_layers": count,
+        "out_features": [f"stage{layer}" for layer in range(1, count + 1)],
+    }
 
 
 def _declared(config_class: Any) -> dict[str, Any]:
@@ -474,12 +758,18 @@ class Context:
     batch: int
     length: int
 
+    @property
+    def accepted(self) -> Mapping[str, inspect.Parameter]:
+        """The arguments of the model's forward."""
+        return inspect.signature(self.model.forward).parameters
+
     def field(self, *names: str, default: Any = None) -> Any:
         """The first field of that name in the config or its sub-configs."""
         configs = [self.config]
-        for name in getattr(self.config, "sub_configs", {}) or {}:
-            if (sub := getattr(self.config, name, None)) is not None:
-                configs.append(sub)
+        for config in configs:
+            for name in getattr(config, "sub_configs", {}) or {}:
+                if (sub := getattr(config, name, None)) is not None:
+                    configs.append(sub)
         for name in names:
             for config in configs:
                 value = getattr(config, name, None)
@@ -496,10 +786,12 @@ class Context:
 
 
 def _pixels(c: Context) -> Tensor:
-    channels = c.image()
-    if c.kind == "video":
-        return torch.randn(c.batch, c.field("num_frames", "frames_per_clip", default=4), *channels)
-    return torch.randn(c.batch, *channels)
+    return _video(c) if c.kind == "video" else torch.randn(c.batch, *c.image())
+
+
+def _video(c: Context) -> Tensor:
+    frames = c.field("num_frames", "frames_per_clip", default=FRAMES)
+    return torch.randn(c.batch, frames, *c.image())
 
 
 def _features(c: Context) -> Tensor:
@@ -525,7 +817,7 @@ MAKERS: dict[str, Callable[[Context], Any]] = {
     "attention_mask": lambda c: torch.ones(c.batch, c.length, dtype=torch.int64),
     "decoder_input_ids": lambda c: token_ids(c.batch, c.length + 2),
     "pixel_values": _pixels,
-    "pixel_values_videos": _pixels,
+    "pixel_values_videos": _video,
     "input_features": _features,
     "input_values": _values,
 }
@@ -536,10 +828,13 @@ def _inputs(model_type: str, kind: str, model: Any, batch: int, length: int) -> 
     context = Context(model, model.config, kind, batch, length)
     if model_type in INPUTS:
         return INPUTS[model_type](context)
-    accepted = inspect.signature(model.forward).parameters
+    accepted = context.accepted
     names = [model.main_input_name]
+    if kind == "contrastive" and "spatial_shapes" in accepted:
+        text = {name: MAKERS[name](context) for name in ("input_ids", "attention_mask")}
+        return {**text, **images(context)}
     if kind == "contrastive":
-        names = ["input_ids", "pixel_values", "attention_mask"]
+        names = ["input_ids", "pixel_values", "pixel_values_videos", "attention_mask"]
     elif kind == "vision-language" and "pixel_values" in accepted and "input_ids" in accepted:
         return image_and_text(context)
     if names[0] == "input_ids":
@@ -550,32 +845,244 @@ def _inputs(model_type: str, kind: str, model: Any, batch: int, length: int) -> 
     return {n: MAKERS[n](context) for n in dict.fromkeys(names) if n in accepted and n in MAKERS}
 
 
-def image_and_text(c: Context, pixels: Tensor | None = None, **more: Tensor) -> Inputs:
+def image_and_text(c: Context, image: Inputs | None = None, token: int | None = None) -> Inputs:
     """Text with as many image tokens as the model's own vision tower returns features."""
-    pixels = MAKERS["pixel_values"](c) if pixels is None else pixels
-    token = c.field("image_token_id", "image_token_index")
+    image = images(c) if image is None else image
+    token = c.field("image_token_id", "image_token_index") if token is None else token
     ids = token_ids(c.batch, c.length)
-    if token is not None and hasattr(c.model, "get_image_features"):
-        given = {k: v.double() if _is_floating(v) else v for k, v in more.items()}
+    features = _image_features(c.model)
+    if token is not None and features is not None:
+        accepted = inspect.signature(features).parameters
         dtype = next(c.model.parameters()).dtype
+        given = {k: v.to(dtype) if _is_floating(v) else v for k, v in image.items()}
         with torch.no_grad():
-            features = c.model.get_image_features(pixel_values=pixels.to(dtype), **given)
-        count = _count(features, c.model.get_input_embeddings().weight.shape[-1]) // c.batch
+            found = features(**{k: v for k, v in given.items() if {k, "kwargs"} & {*accepted}})
+        count = _count(found, c.model.get_input_embeddings().weight.shape[-1]) // c.batch
         ids = torch.cat([ids[:, :2], torch.full((c.batch, count), token), ids[:, 2:]], 1)
-    mask = torch.ones_like(ids)
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, **more}
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **image}
+    if token is not None and "mm_token_type_ids" in c.accepted:
+        given["mm_token_type_ids"] = (ids == token).long()
+    if "decoder_input_ids" in c.accepted and c.field("is_encoder_decoder"):
+        given["decoder_input_ids"] = MAKERS["decoder_input_ids"](c)
+    return given
+
+
+def _image_features(model: Any) -> Callable[..., Any] | None:
+    """A model's own function from pixels to image features, its base model's if it has none."""
+    for holder in (model, getattr(model, "model", None)):
+        if (features := getattr(holder, "get_image_features", None)) is not None:
+            return features
+    return None
+
+
+def images(c: Context) -> Inputs:
+    """One image a row, and what describes it: as patches, as tiles or whole."""
+    channels, height, width = c.image()
+    if "image_grid_thw" in c.accepted:
+        side = 2 * c.field("spatial_merge_size", "merge_size", default=2)
+        frames = c.field("temporal_patch_size", "patch_temporal", default=1)
+        size = channels * frames * c.field("patch_size") ** 2
+        return {
+            "pixel_values": torch.randn(c.batch * side * side, size),
+            "image_grid_thw": torch.tensor([[1, side, side]]).repeat(c.batch, 1),
+        }
+    if "spatial_shapes" in c.accepted:
+        side = int(c.field("num_patches") ** 0.5)
+        return {
+            "pixel_values": torch.randn(c.batch, side**2, channels * c.field("patch_size") ** 2),
+            "pixel_attention_mask": torch.ones(c.batch, side**2, dtype=torch.int64),
+            "spatial_shapes": torch.full((c.batch, 2), side),
+        }
+    pixels = torch.randn(c.batch, channels, height, width)
+    if "qformer_input_ids" in c.accepted:
+        return {"pixel_values": pixels, "qformer_input_ids": token_ids(c.batch, c.length)}
+    if "pixel_attention_mask" in c.accepted:
+        return {"pixel_values": pixels[:, None]}
+    features = _image_features(c.model)
+    if features is not None and "image_sizes" in inspect.signature(features).parameters:
+        sizes = torch.tensor([[height, width]]).repeat(c.batch, 1)
+        pinpoints = c.field("image_grid_pinpoints")
+        if pinpoints is not None:
+            tiles = 1 + (pinpoints[0][0] // height) * (pinpoints[0][1] // width)
+            pixels = torch.randn(c.batch, tiles, channels, height, width)
+        return {"pixel_values": pixels, "image_sizes": sizes}
+    return {"pixel_values": pixels}
 
 
 def _count(features: Any, width: int) -> int:
     """How many image tokens a vision tower's output stands for."""
     if hasattr(features, "pooler_output") and features.pooler_output is not None:
         features = features.pooler_output
+    elif hasattr(features, "last_hidden_state"):
+        features = features.last_hidden_state
     if isinstance(features, Tensor):
         return features.numel() // width
     return sum(_count(part, width) for part in features)
 
 
-INPUTS: dict[str, Callable[[Context], Inputs]] = {}
+def _patches(c: Context, *shape: int, tokens: int) -> Inputs:
+    """Patches in a shape of their own, and the grid they come from."""
+    side = int(tokens**0.5)
+    grid = torch.tensor([[1, side, side]]).repeat(c.batch, 1)
+    return {"pixel_values": torch.randn(c.batch * tokens, *shape), "image_grid_thw": grid}
+
+
+def _positioned(c: Context, size: int, side: int) -> Inputs:
+    """Patches with the position of each."""
+    positions = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    return {
+        "pixel_values": torch.randn(c.batch, side**2, size),
+        "image_position_ids": positions.repeat(c.batch, 1, 1),
+    }
+
+
+def _tiles(c: Context) -> Inputs:
+    """Text that attends to an image of four tiles."""
+    text = {name: MAKERS[name](c) for name in ("input_ids", "attention_mask")}
+    return {
+        **text,
+        "pixel_values": torch.randn(c.batch, 1, 4, *c.image()),
+        "aspect_ratio_ids": torch.full((c.batch, 1), 6),
+        "aspect_ratio_mask": torch.ones(c.batch, 1, 4, dtype=torch.int64),
+        "cross_attention_mask": torch.ones(c.batch, c.length, 1, 4, dtype=torch.int64),
+    }
+
+
+def _attended_image(c: Context) -> Inputs:
+    """Text whose every token attends to one image."""
+    text = {name: MAKERS[name](c) for name in ("input_ids", "attention_mask")}
+    mask = torch.ones(c.batch, c.length, 1, dtype=torch.int64)
+    return {**text, "pixel_values": _pixels(c)[:, None], "image_attention_mask": mask}
+
+
+def _codes(c: Context) -> Inputs:
+    """Tokens of several codebooks, a row each."""
+    return {
+        "input_ids": token_ids(c.batch * c.field("num_codebooks"), c.length),
+        "attention_mask": torch.ones(c.batch, c.length, dtype=torch.int64),
+    }
+
+
+def _query_image(c: Context) -> Inputs:
+    """Text in which an image of three tokens stands, marked by a mask."""
+    ids = token_ids(c.batch, c.length + 3)
+    mask = torch.zeros_like(ids)
+    mask[:, 1:4] = 1
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": _pixels(c),
+        "image_embeds_position_mask": mask,
+    }
+
+
+def _query_video(c: Context) -> Inputs:
+    """Text and three tokens a frame, with the question that frames are asked."""
+    ids = token_ids(c.batch, c.length)
+    ids = torch.cat([torch.full((c.batch, 3 * FRAMES), 88), ids], 1)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": _video(c),
+        "qformer_input_ids": token_ids(c.batch, c.length),
+    }
+
+
+def _document(c: Context) -> Inputs:
+    """Words with their boxes on a page."""
+    corners = torch.rand(c.batch, c.length, 2) * 0.5
+    return {
+        "input_ids": token_ids(c.batch, c.length),
+        "attention_mask": torch.ones(c.batch, c.length, dtype=torch.int64),
+        "bbox": torch.cat([corners, corners + 0.2], -1),
+        "pixel_values": _pixels(c),
+        "decoder_input_ids": MAKERS["decoder_input_ids"](c),
+    }
+
+
+def _flat_patches(c: Context) -> Inputs:
+    """Patches that start with their row and column."""
+    places = torch.cartesian_prod(torch.arange(1, 5), torch.arange(1, 5)).double()
+    pixels = torch.randn(c.batch, 16, c.field("patch_embed_hidden_size"), dtype=torch.float64)
+    return {
+        "flattened_patches": torch.cat([places.repeat(c.batch, 1, 1), pixels], -1),
+        "decoder_input_ids": MAKERS["decoder_input_ids"](c),
+    }
+
+
+INPUTS: dict[str, Callable[[Context], Inputs]] = {
+    "chameleon": lambda c: image_and_text(c, token=89),
+    "dia": lambda c: {
+        "input_ids": token_ids(c.batch, c.length),
+        "decoder_input_ids": torch.randint(4, 70, (c.batch, c.length + 2, c.field("num_channels"))),
+    },
+    "fuyu": lambda c: image_and_text(c, {"pixel_values": torch.randn(c.batch, 16, 192)}),
+    "gemma4": lambda c: image_and_text(c, _positioned(c, 192, 6)),
+    "gemma4_unified": lambda c: image_and_text(c, _positioned(c, 1728, 2)),
+    "granite_docling": lambda c: image_and_text(
+        c,
+        {
+            "pixel_values": _pixels(c)[:, None],
+            "pixel_attention_mask": torch.ones(c.batch, 1, dtype=torch.bool),
+        },
+    ),
+    "deepseek_vl_hybrid": lambda c: image_and_text(
+        c, {"pixel_values": _pixels(c), "high_res_pixel_values": torch.randn(c.batch, 3, 32, 32)}
+    ),
+    "depth_pro": lambda c: {"pixel_values": torch.randn(c.batch, 3, 128, 128)},
+    "emu3": lambda c: image_and_text(
+        c,
+        {
+            "pixel_values": torch.randn(c.batch, 3, 8, 8),
+            "image_sizes": torch.full((c.batch, 2), 8),
+        },
+        token=89,
+    ),
+    "granite_speech5_ctc": lambda c: {"input_features": torch.randn(c.batch, 4 * c.length, 40)},
+    "idefics": _attended_image,
+    "instructblipvideo": _query_video,
+    "kosmos-2": _query_image,
+    "kyutai_speech_to_text": lambda c: {
+        "input_ids": torch.randint(3, 15, (c.batch, c.length, c.field("num_codebooks") + 1))
+    },
+    "nemotron_h_omni": lambda c: image_and_text(
+        c,
+        {
+            "pixel_values": torch.randn(c.batch * 16, 192),
+            "image_grid_hw": torch.full((c.batch, 2), 4),
+        },
+    ),
+    "udop": _document,
+    "voxtral_realtime": lambda c: {
+        "input_ids": token_ids(c.batch, c.length),
+        "input_features": torch.randn(c.batch, MELS, 8 * c.length),
+    },
+    "inkling2": lambda c: image_and_text(c, _patches(c, 16, 16, 3, tokens=4)),
+    "kimi_k25": lambda c: image_and_text(c, _patches(c, 3, 8, 8, tokens=16)),
+    "paddleocr_vl": lambda c: image_and_text(c, _patches(c, 3, 8, 8, tokens=16)),
+    "mllama": _tiles,
+    "moonshine": lambda c: {
+        "input_values": torch.randn(c.batch, 300 * c.length),
+        "decoder_input_ids": MAKERS["decoder_input_ids"](c),
+    },
+    "moonshine_streaming": lambda c: {
+        "input_values": torch.randn(c.batch, 320 * c.length),
+        "decoder_input_ids": MAKERS["decoder_input_ids"](c),
+    },
+    "musicgen": _codes,
+    "musicgen_melody": _codes,
+    "perceiver": lambda c: {"inputs": _pixels(c)},
+    "pix2struct": _flat_patches,
+    "prophetnet": lambda c: {name: MAKERS[name](c) for name in ("input_ids", "decoder_input_ids")},
+    "shieldgemma2": image_and_text,
+    "speech-encoder-decoder": lambda c: {
+        "input_values": _values(c),
+        "decoder_input_ids": MAKERS["decoder_input_ids"](c),
+    },
+    "video_llama_3": lambda c: image_and_text(
+        c, {**images(c), "image_merge_sizes": torch.full((c.batch,), 2)}
+    ),
+}
 """Model type → inputs that cannot be told from the names of its arguments."""
 
 
