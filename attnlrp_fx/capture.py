@@ -10,9 +10,10 @@ Batch and length of every input are tried as dynamic; the capture says which one
 """
 
 import inspect
+import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,7 +135,9 @@ def _export(model: nn.Module, example: dict[str, Any], shapes: Any) -> ExportedP
     if isinstance(shapes, Mapping):
         shapes = _by_parameter(model, shapes)
     try:
-        with torch.enable_grad():  # else a region of the model's own without gradients has no mark
+        # Within no_grad, a region of the model's own without gradients has no mark. Of a failure,
+        # torch.export prints the graph so far, thousands of lines.
+        with torch.enable_grad(), redirect_stderr(io.StringIO()):
             return torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise _capture_error(model, error) from error
@@ -389,7 +392,7 @@ def _remedy(error: Exception) -> str:
     text = f"{type(error).__name__} {error}"
     if "DataDependent" in text or "data-dependent" in text or "GuardOnData" in text:
         return (
-            "the model branches on values of its inputs at this line; replace the branch by "
+            "the model branches or loops on values of its inputs at this line; replace it by "
             "torch.where or torch.cond, or choose an implementation of the model without it"
         )
     if isinstance(error, TypeError | ValueError | KeyError):

@@ -15,7 +15,9 @@ from torch import Tensor, fx
 from attnlrp_fx import ops
 from attnlrp_fx.analysis import explained_values
 from attnlrp_fx.errors import InputError
+from attnlrp_fx.operators import is_op
 from attnlrp_fx.passes.base import PassContext, PassResult, finish, inherit
+from attnlrp_fx.provenance import describe
 from attnlrp_fx.tokens import origin, table_and_indices
 
 
@@ -67,22 +69,48 @@ def _drop_unreached(graph_module: fx.GraphModule, context: PassContext, names: l
     graph = graph_module.graph
     explained = explained_values(graph)
     sources = [node for node in graph.nodes if node.target is ops.source]
+    left = {node.kwargs["name"] for node in sources if node in explained}
+    missing = [name for name in context.explain or () if name not in left]
+    if missing or not left:
+        what = f"relevance cannot reach input '{missing[0]}'" if missing else "nothing to explain"
+        raise _unreached(graph, what, names)
     for node in sources:
         if node not in explained:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    left = {node.kwargs["name"] for node in sources if node in explained}
-    missing = [name for name in context.explain or () if name not in left]
-    if missing or not left:
-        raise InputError(
-            f"relevance cannot reach input '{missing[0]}'" if missing else "nothing to explain",
-            where=f"inputs: {', '.join(names)}",
-            why="no floating-point path leads from it to an output: a floating input must enter "
-            "the computation, an integer input must look up an embedding",
-            remedy="pass a floating input (inputs_embeds, for instance), or name another input "
-            "with explain=[...]",
-        )
     finish(graph_module)
+
+
+def _unreached(graph: fx.Graph, what: str, names: list[str]) -> InputError:
+    """Why relevance reaches no source: the model stops gradients on the way, or there is none."""
+    stopped = _stopped(graph)
+    if stopped is not None:
+        return InputError(
+            what,
+            where=describe(stopped),
+            why="the model stops gradients here: by detach, or under torch.no_grad",
+            remedy="compile a model that computes this with gradients; of a function that "
+            "torch.no_grad decorates, `__wrapped__` is one",
+        )
+    return InputError(
+        what,
+        where=f"inputs: {', '.join(names)}",
+        why="no floating-point path leads from it to an output: a floating input must enter "
+        "the computation, an integer input must look up an embedding",
+        remedy="pass a floating input (inputs_embeds, for instance), or name another input "
+        "with explain=[...]",
+    )
+
+
+def _stopped(graph: fx.Graph) -> fx.Node | None:
+    """The first value that depends on a source and is detached, None if there is none."""
+    reached: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target is ops.source or any(leaf in reached for leaf in node.all_input_nodes):
+            if is_op(node, "detach"):
+                return node
+            reached.add(node)
+    return None
 
 
 def _wanted(node: fx.Node, context: PassContext) -> bool:

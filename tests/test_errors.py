@@ -57,6 +57,13 @@ def test_a_data_dependent_branch_shows_the_users_line() -> None:
     assert "torch.where or torch.cond" in caught.value.remedy
 
 
+def test_a_failed_capture_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """torch.export would print the graph so far."""
+    with pytest.raises(CaptureError):
+        attnlrp_fx.compile(Branching().eval(), torch.ones(2, 3), backend="eager")
+    assert capsys.readouterr().err == ""
+
+
 def test_a_model_in_training_mode() -> None:
     with pytest.raises(CaptureError, match="training mode") as caught:
         attnlrp_fx.compile(nn.Dropout(0.5), torch.ones(2, 3), backend="eager")

@@ -174,3 +174,17 @@ class Count(nn.Module):
 def test_nothing_to_explain():
     with pytest.raises(InputError, match="nothing to explain"):
         marked(Count(), {"ids": torch.ones(2, 3, dtype=torch.int64)})
+
+
+class Frozen(nn.Module):
+    @torch.no_grad()
+    def forward(self, features):
+        return features.sin() * 2
+
+
+def test_a_model_without_gradients_says_so():
+    with pytest.raises(InputError, match="nothing to explain") as caught:
+        marked(Frozen(), {"features": torch.randn(2, 3)})
+    assert "torch.no_grad" in caught.value.why
+    assert "features.sin() * 2" in caught.value.where
+    assert "__wrapped__" in caught.value.remedy
