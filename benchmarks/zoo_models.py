@@ -422,6 +422,10 @@ CONFIGS.update(
         "canary": {"encoder_config": PARAKEET},
         "cohere_asr": {"encoder_config": PARAKEET},
         "parakeet_ctc": {"encoder_config": PARAKEET},
+        "granite_speech": {"downsample_rate": 2, "encoder_config": {"hidden_dim": 32}},
+        "granite_speech_plus": {"downsample_rate": 2, "encoder_config": {"hidden_dim": 32}},
+        "voxtral": {"audio_token_id": 88, "audio_config": {"intermediate_size": 128}},
+        "glmasr": {"audio_config": {"intermediate_size": 128}},
         "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
         "nemo_speechlm": {
             "audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": 32}}}
@@ -831,14 +835,15 @@ def _inputs(model_type: str, kind: str, model: Any, batch: int, length: int) -> 
     accepted = context.accepted
     names = [model.main_input_name]
     if kind == "contrastive" and "spatial_shapes" in accepted:
-        text = {name: MAKERS[name](context) for name in ("input_ids", "attention_mask")}
-        return {**text, **images(context)}
+        return {**_text(context), **images(context)}
     if kind == "contrastive":
         names = ["input_ids", "pixel_values", "pixel_values_videos", "attention_mask"]
     elif kind == "vision-language" and "pixel_values" in accepted and "input_ids" in accepted:
         return image_and_text(context)
     if names[0] == "input_ids":
         names.append("attention_mask")
+        if "input_features" in accepted and _tower(model, "audio") is not None:
+            return sound_and_text(context)
     if context.field("is_encoder_decoder") or kind in ("encoder-decoder", "speech-to-text"):
         names.append("decoder_input_ids")
     names += [n for n, p in accepted.items() if p.default is p.empty and n in MAKERS]
@@ -847,19 +852,37 @@ def _inputs(model_type: str, kind: str, model: Any, batch: int, length: int) -> 
 
 def image_and_text(c: Context, image: Inputs | None = None, token: int | None = None) -> Inputs:
     """Text with as many image tokens as the model's own vision tower returns features."""
-    image = images(c) if image is None else image
-    token = c.field("image_token_id", "image_token_index") if token is None else token
+    return _merged(c, images(c) if image is None else image, "image", token)
+
+
+def sound_and_text(c: Context, sound: Tensor | None = None) -> Inputs:
+    """Text with as many audio tokens as the model's own audio tower returns features."""
+    frames = 2 * c.field("max_source_positions", default=16)
+    if sound is None:
+        sound = torch.randn(c.batch, c.field("num_mel_bins", default=MELS), frames)
+        mask = torch.ones(c.batch, frames, dtype=torch.int64)
+    else:
+        mask = torch.ones(sound.shape[:2], dtype=torch.int64)
+    given = {"input_features": sound}
+    if "input_features_mask" in c.accepted:
+        given["input_features_mask"] = mask
+    return _merged(c, given, "audio")
+
+
+def _merged(c: Context, media: Inputs, kind: str, token: int | None = None) -> Inputs:
+    """Text with as many tokens of a kind as the model's own tower returns features."""
+    token = c.field(f"{kind}_token_id", f"{kind}_token_index") if token is None else token
     ids = token_ids(c.batch, c.length)
-    features = _image_features(c.model)
+    features = _tower(c.model, kind)
     if token is not None and features is not None:
         accepted = inspect.signature(features).parameters
         dtype = next(c.model.parameters()).dtype
-        given = {k: v.to(dtype) if _is_floating(v) else v for k, v in image.items()}
+        given = {k: v.to(dtype) if _is_floating(v) else v for k, v in media.items()}
         with torch.no_grad():
             found = features(**{k: v for k, v in given.items() if {k, "kwargs"} & {*accepted}})
         count = _count(found, c.model.get_input_embeddings().weight.shape[-1]) // c.batch
         ids = torch.cat([ids[:, :2], torch.full((c.batch, count), token), ids[:, 2:]], 1)
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **image}
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **media}
     if token is not None and "mm_token_type_ids" in c.accepted:
         given["mm_token_type_ids"] = (ids == token).long()
     if "decoder_input_ids" in c.accepted and c.field("is_encoder_decoder"):
@@ -867,10 +890,10 @@ def image_and_text(c: Context, image: Inputs | None = None, token: int | None = 
     return given
 
 
-def _image_features(model: Any) -> Callable[..., Any] | None:
-    """A model's own function from pixels to image features, its base model's if it has none."""
+def _tower(model: Any, kind: str) -> Callable[..., Any] | None:
+    """A model's own function from pixels or sound to features, or its base model's."""
     for holder in (model, getattr(model, "model", None)):
-        if (features := getattr(holder, "get_image_features", None)) is not None:
+        if (features := getattr(holder, f"get_{kind}_features", None)) is not None:
             return features
     return None
 
@@ -898,7 +921,7 @@ def images(c: Context) -> Inputs:
         return {"pixel_values": pixels, "qformer_input_ids": token_ids(c.batch, c.length)}
     if "pixel_attention_mask" in c.accepted:
         return {"pixel_values": pixels[:, None]}
-    features = _image_features(c.model)
+    features = _tower(c.model, "image")
     if features is not None and "image_sizes" in inspect.signature(features).parameters:
         sizes = torch.tensor([[height, width]]).repeat(c.batch, 1)
         pinpoints = c.field("image_grid_pinpoints")
@@ -920,6 +943,10 @@ def _count(features: Any, width: int) -> int:
     return sum(_count(part, width) for part in features)
 
 
+def _text(c: Context) -> Inputs:
+    return {name: MAKERS[name](c) for name in ("input_ids", "attention_mask")}
+
+
 def _patches(c: Context, *shape: int, tokens: int) -> Inputs:
     """Patches in a shape of their own, and the grid they come from."""
     side = int(tokens**0.5)
@@ -938,9 +965,8 @@ def _positioned(c: Context, size: int, side: int) -> Inputs:
 
 def _tiles(c: Context) -> Inputs:
     """Text that attends to an image of four tiles."""
-    text = {name: MAKERS[name](c) for name in ("input_ids", "attention_mask")}
     return {
-        **text,
+        **_text(c),
         "pixel_values": torch.randn(c.batch, 1, 4, *c.image()),
         "aspect_ratio_ids": torch.full((c.batch, 1), 6),
         "aspect_ratio_mask": torch.ones(c.batch, 1, 4, dtype=torch.int64),
@@ -950,9 +976,8 @@ def _tiles(c: Context) -> Inputs:
 
 def _attended_image(c: Context) -> Inputs:
     """Text whose every token attends to one image."""
-    text = {name: MAKERS[name](c) for name in ("input_ids", "attention_mask")}
     mask = torch.ones(c.batch, c.length, 1, dtype=torch.int64)
-    return {**text, "pixel_values": _pixels(c)[:, None], "image_attention_mask": mask}
+    return {**_text(c), "pixel_values": _pixels(c)[:, None], "image_attention_mask": mask}
 
 
 def _codes(c: Context) -> Inputs:
@@ -1017,6 +1042,9 @@ INPUTS: dict[str, Callable[[Context], Inputs]] = {
         "decoder_input_ids": torch.randint(4, 70, (c.batch, c.length + 2, c.field("num_channels"))),
     },
     "fuyu": lambda c: image_and_text(c, {"pixel_values": torch.randn(c.batch, 16, 192)}),
+    "fun_asr_nano": lambda c: sound_and_text(
+        c, torch.randn(c.batch, 6, c.config.audio_config.input_size)
+    ),
     "gemma4": lambda c: image_and_text(c, _positioned(c, 192, 6)),
     "gemma4_unified": lambda c: image_and_text(c, _positioned(c, 1728, 2)),
     "granite_docling": lambda c: image_and_text(
@@ -1038,6 +1066,16 @@ INPUTS: dict[str, Callable[[Context], Inputs]] = {
         },
         token=89,
     ),
+    "granite_speech": lambda c: _merged(
+        c, {"input_features": torch.randn(c.batch, 12, 160)}, "audio"
+    ),
+    "granite_speech_plus": lambda c: _merged(
+        c, {"input_features": torch.randn(c.batch, 12, 160)}, "audio"
+    ),
+    "moss_transcribe_diarize": _text,
+    "musicflamingo": _text,
+    "qwen3_asr": _text,
+    "nemo_speechlm": lambda c: sound_and_text(c, torch.randn(c.batch, 16, MELS)),
     "granite_speech5_ctc": lambda c: {"input_features": torch.randn(c.batch, 4 * c.length, 40)},
     "idefics": _attended_image,
     "instructblipvideo": _query_video,
