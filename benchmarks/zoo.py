@@ -29,7 +29,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -272,48 +272,60 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-class _Leaves(TorchFunctionMode):
-    """Makes what an input looks up in an embedding a leaf of autograd's graph."""
+class _LookUps(TorchFunctionMode):
+    """Notes what is looked up in embeddings; what comes from an input becomes a leaf of autograd.
 
-    def __init__(self, inputs: Mapping[str, Tensor]) -> None:
+    `origins` has, for each look-up and each input, the element of the input that an index is from.
+    """
+
+    def __init__(self, origins: Sequence[Mapping[str, Tensor]] = ()) -> None:
         super().__init__()
-        self.inputs = {n: v for n, v in inputs.items() if not v.is_floating_point()}
-        self.found: dict[str, list[Tensor]] = {}
+        self.origins = origins
+        self.indices: list[Tensor] = []
+        self.leaves: list[tuple[Tensor, Mapping[str, Tensor]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func is not torch.nn.functional.embedding or args[0].dim() < 2:
+        if func is not torch.nn.functional.embedding:
             return output
-        for name, ids in self.inputs.items():
-            if ids.dim() == 2 and ids.T.shape == args[0].shape and bool((args[0] == ids.T).all()):
-                leaf = output.transpose(0, 1).detach().requires_grad_()
-                self.found.setdefault(name, []).append(leaf)
-                return leaf.clone().transpose(0, 1)
-            start = -1 if "mask" in name else _start_of(ids, args[0])
-            if start < 0:
+        known = self.origins[len(self.indices)] if self.origins else {}
+        self.indices.append(args[0].clone())
+        if not known:
+            return output
+        leaf = output.detach().requires_grad_()
+        self.leaves.append((leaf, known))
+        return leaf.clone()
+
+
+def _origins(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> list[dict[str, Tensor]]:
+    """Which element of an input each looked-up index is from, -1 for none.
+
+    Found by changing one element at a time, so that it holds wherever a model moves its tokens.
+    """
+
+    def indices(given: Inputs) -> list[Tensor]:
+        with _LookUps() as looked_up:
+            _run(model, given)
+        return looked_up.indices
+
+    before = indices(inputs)
+    origins: list[dict[str, Tensor]] = [{} for _ in before]
+    for name in names:
+        for element in range(inputs[name].numel()):
+            changed = inputs[name].clone()
+            changed.view(-1)[element] += 1
+            try:
+                after = indices({**inputs, name: changed})
+            except (RuntimeError, ValueError):  # the place of an image: the model counts them
                 continue
-            whole = start == 0 and args[0].numel() == ids.numel()
-            end = None if whole else start + ids.shape[-1]
-            leaf = output[:, start:end].detach().requires_grad_()
-            self.found.setdefault(name, []).append(leaf)
-            return (
-                leaf.clone() if whole else torch.cat([output[:, :start], leaf, output[:, end:]], 1)
-            )
-        return output
-
-
-def _start_of(ids: Tensor, looked_up: Tensor) -> int:
-    """Where an input's ids begin among those that are looked up, -1 if they are not there."""
-    if ids.numel() == looked_up.numel():
-        same = ids.reshape(-1) == looked_up.reshape(-1)
-        return 0 if same.float().mean() > 0.5 else -1
-    if ids.dim() != 2 or looked_up.dim() != 2 or looked_up.shape[1] < ids.shape[1]:
-        return -1
-    if ids.shape[0] != looked_up.shape[0]:
-        return -1
-    windows = looked_up.unfold(1, ids.shape[1], 1)
-    same = (windows == ids[:, None]).all(-1).all(0).nonzero()
-    return int(same[0, 0]) if len(same) else -1
+            for known, old, new in zip(origins, before, after, strict=True):
+                moved = old != new
+                if moved.any():
+                    origin = known.setdefault(name, torch.full(old.shape, -1))
+                    if bool((origin[moved] >= 0).any()):
+                        raise AssertionError(f"one look-up is of several tokens of '{name}'")
+                    origin[moved] = element
+    return origins
 
 
 def _against_autograd(model: nn.Module, explainer: ExplainableGraphModule, inputs: Inputs) -> float:
@@ -323,21 +335,31 @@ def _against_autograd(model: nn.Module, explainer: ExplainableGraphModule, input
         name: value.clone().requires_grad_() if zoo_models._is_floating(value) else value
         for name, value in inputs.items()
     }
+    tokens = [
+        name
+        for name, value in inputs.items()
+        if not zoo_models._is_floating(value) and (name in relevance or name.endswith("input_ids"))
+    ]
+    origins = _origins(model, inputs, tokens)
     model.requires_grad_(False)
-    with _without_cache(model), torch.enable_grad(), _Leaves(given) as leaves:
+    with _without_cache(model), torch.enable_grad(), _LookUps(origins) as looked_up:
         tree = model(**given)
     target = _target(tree, inputs)
-    points = [(n, v) for n, v in given.items() if zoo_models._is_floating(v)]
-    points += [(n, v) for n, found in leaves.found.items() for v in found]
-    grads = torch.autograd.grad(target.sum(), [v for _, v in points], allow_unused=True)
+    points = {n: v for n, v in given.items() if zoo_models._is_floating(v)}
+    leaves = [leaf for leaf, _ in looked_up.leaves]
+    grads = torch.autograd.grad(target.sum(), [*points.values(), *leaves], allow_unused=True)
     wanted: dict[str, Tensor] = {}
-    for (name, value), grad in zip(points, grads, strict=True):
+    for (name, value), grad in zip(points.items(), grads, strict=False):
+        if grad is not None:
+            wanted[name] = (value * grad).detach()
+    for (leaf, known), grad in zip(looked_up.leaves, grads[len(points) :], strict=True):
         if grad is None:
             continue
-        product = (value * grad).detach()
-        if not zoo_models._is_floating(inputs[name]):
-            product = product.sum(-1).reshape(inputs[name].shape)
-        wanted[name] = wanted.get(name, 0) + product
+        product = (leaf * grad).detach().sum(-1)
+        for name, origin in known.items():
+            total = wanted.setdefault(name, torch.zeros(inputs[name].shape, dtype=product.dtype))
+            from_it = origin >= 0
+            total.view(-1).index_add_(0, origin[from_it], product[from_it])
     return _relevance_difference(relevance, wanted)
 
 
