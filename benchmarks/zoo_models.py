@@ -219,6 +219,18 @@ CHAMELEON_VQ: dict[str, Any] = {
     "channel_multiplier": (1, 1, 1, 1),
     "resolution": 32,
 }
+RESNET: dict[str, Any] = {
+    "use_timm_backbone": False,
+    "backbone": None,
+    "backbone_config": {
+        "model_type": "resnet",
+        "embedding_size": 16,
+        "hidden_sizes": [16, 24, 32, 48],
+        "depths": [1, 1, 1, 1],
+        "layer_type": "basic",
+        "out_features": ["stage2", "stage3", "stage4"],
+    },
+}
 LCNET: dict[str, Any] = {
     "stem_channels": [3, 8, 16],
     "block_configs": [
@@ -369,7 +381,8 @@ CONFIGS.update(
         },
         "unlimited_ocr": {"vision_config": {"sam_config": SAM}},
         "diffusion_gemma": {
-            "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}
+            "canvas_length": 8,
+            "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
         },
         "exaone4_5": {"vision_config": {"window_size": 32}},
         "hyperclovax_vision_v2": {"vision_config": {"window_size": 32}},
@@ -409,7 +422,7 @@ CONFIGS.update(
                 "num_global_layers": 1,
             },
         },
-        "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+        "molmo2": {"image_patch_id": 88, "adapter_config": {"vision_feature_layer": [1, 0]}},
         "muse_spark": {"out_hidden_size": 128, "audio_config": {"num_hidden_layers": 4}},
         "nemotron_h_omni": {
             "image_token_id": 88,
@@ -442,6 +455,12 @@ CONFIGS.update(
             "projector_scale_factors": [1.0],
             "backbone_config": {"num_windows": 4, "window_block_indices": [0, 1, 3]},
         },
+        "conditional_detr": RESNET,
+        "dab-detr": RESNET,
+        "deformable_detr": RESNET,
+        "detr": RESNET,
+        "table-transformer": RESNET,
+        "dots3_note": {"vision_config": {"per_layer_config": {}}},
         "swin2sr": {
             "image_size": 16,
             "patch_size": 1,
@@ -504,6 +523,7 @@ CONFIGS.update(
                 "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **MROPE},
             }
         },
+        "kosmos-2.5": {"latent_query_num": 3, "vision_config": {"patch_embed_hidden_size": 48}},
         "kosmos-2": {"latent_query_num": 3},
         "muse_glimmer": {"out_hidden_size": 128},
         "granite4_vision": {
@@ -668,7 +688,8 @@ def _small_fields(config_class: Any, overrides: Mapping[str, Any]) -> dict[str, 
     for name in getattr(config_class, "sub_configs", {}):
         sub = getattr(default, name, None) if default is not None else None
         sub_class = type(sub) if sub is not None else config_class.sub_configs[name]
-        if sub_class.__name__ == "AutoConfig" or isinstance(sub, dict):
+        whole = "model_type" in overrides.get(name, {})
+        if whole or sub_class.__name__ == "AutoConfig" or isinstance(sub, dict):
             continue  # an override stands as it is
         inner = _small_fields(sub_class, {**_stages(sub), **overrides.get(name, {})})
         fields[name] = {**inner, "model_type": sub_class.model_type}
@@ -934,7 +955,9 @@ def images(c: Context) -> Inputs:
 
 def _count(features: Any, width: int) -> int:
     """How many image tokens a vision tower's output stands for."""
-    if hasattr(features, "pooler_output") and features.pooler_output is not None:
+    if getattr(features, "deepstack_features", None) and features.pooler_output is None:
+        features = features.deepstack_features[0][1]
+    elif hasattr(features, "pooler_output") and features.pooler_output is not None:
         features = features.pooler_output
     elif hasattr(features, "last_hidden_state"):
         features = features.last_hidden_state
@@ -988,7 +1011,7 @@ def _codes(c: Context) -> Inputs:
     }
 
 
-def _query_image(c: Context) -> Inputs:
+def _query_image(c: Context, image: Inputs | None = None) -> Inputs:
     """Text in which an image of three tokens stands, marked by a mask."""
     ids = token_ids(c.batch, c.length + 3)
     mask = torch.zeros_like(ids)
@@ -996,8 +1019,8 @@ def _query_image(c: Context) -> Inputs:
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": _pixels(c),
         "image_embeds_position_mask": mask,
+        **({"pixel_values": _pixels(c)} if image is None else image),
     }
 
 
@@ -1025,14 +1048,11 @@ def _document(c: Context) -> Inputs:
     }
 
 
-def _flat_patches(c: Context) -> Inputs:
+def _row_column_patches(c: Context) -> Inputs:
     """Patches that start with their row and column."""
     places = torch.cartesian_prod(torch.arange(1, 5), torch.arange(1, 5)).double()
     pixels = torch.randn(c.batch, 16, c.field("patch_embed_hidden_size"), dtype=torch.float64)
-    return {
-        "flattened_patches": torch.cat([places.repeat(c.batch, 1, 1), pixels], -1),
-        "decoder_input_ids": MAKERS["decoder_input_ids"](c),
-    }
+    return {"flattened_patches": torch.cat([places.repeat(c.batch, 1, 1), pixels], -1)}
 
 
 INPUTS: dict[str, Callable[[Context], Inputs]] = {
@@ -1080,6 +1100,33 @@ INPUTS: dict[str, Callable[[Context], Inputs]] = {
     "idefics": _attended_image,
     "instructblipvideo": _query_video,
     "kosmos-2": _query_image,
+    "kosmos-2.5": lambda c: _query_image(c, _row_column_patches(c)),
+    "molmo2": lambda c: image_and_text(
+        c,
+        {
+            "pixel_values": torch.randn(c.batch, 16, 192),
+            "image_token_pooling": torch.arange(16 * c.batch).view(-1, 4),
+            "image_grids": torch.tensor([[2, 2, 0, 0]]).repeat(c.batch, 1),
+            "image_num_crops": torch.ones(c.batch, dtype=torch.int64),
+        },
+        token=88,
+    ),
+    "evolla": lambda c: {
+        **_text(c),
+        "protein_input_ids": token_ids(c.batch, c.length + 1),
+        "protein_attention_mask": torch.ones(c.batch, c.length + 1, dtype=torch.int64),
+    },
+    "diffusion_gemma": lambda c: {**_text(c), "decoder_input_ids": token_ids(c.batch, 8)},
+    "pi0": lambda c: image_and_text(
+        c,
+        {
+            "pixel_values": _pixels(c)[:, None],
+            "pixel_attention_mask": torch.ones(c.batch, 1, dtype=torch.bool),
+            "state": torch.randn(c.batch, 32),
+            "noise": torch.randn(c.batch, 4, 32),
+            "timestep": torch.rand(c.batch),
+        },
+    ),
     "kyutai_speech_to_text": lambda c: {
         "input_ids": torch.randint(3, 15, (c.batch, c.length, c.field("num_codebooks") + 1))
     },
@@ -1110,7 +1157,10 @@ INPUTS: dict[str, Callable[[Context], Inputs]] = {
     "musicgen": _codes,
     "musicgen_melody": _codes,
     "perceiver": lambda c: {"inputs": _pixels(c)},
-    "pix2struct": _flat_patches,
+    "pix2struct": lambda c: {
+        **_row_column_patches(c),
+        "decoder_input_ids": MAKERS["decoder_input_ids"](c),
+    },
     "prophetnet": lambda c: {name: MAKERS[name](c) for name in ("input_ids", "decoder_input_ids")},
     "shieldgemma2": image_and_text,
     "speech-encoder-decoder": lambda c: {
