@@ -360,7 +360,7 @@ CONFIGS.update(
         "mobilevitv2": {"image_size": 64, "patch_size": 2},
         "cvt": {"depth": (1, 2, 3), "embed_dim": (16, 32, 48), "num_heads": (1, 2, 4)},
         "nystromformer": {"num_landmarks": 64, "segment_means_seq_len": 64},
-        "granite_speech5_ctc": {"encoder_config": {"context_size": 16}},
+        "granite_speech5_ctc": {"encoder_config": {"context_size": 16, "num_key_value_heads": 4}},
         "albert": {"embedding_size": 16},
         "aria": {
             "projector_patch_to_query_dict": {16: 4},
@@ -460,7 +460,18 @@ CONFIGS.update(
         "deformable_detr": RESNET,
         "detr": RESNET,
         "table-transformer": RESNET,
-        "dots3_note": {"vision_config": {"per_layer_config": {}}},
+        "dots3_note": {
+            "vision_config": {
+                "per_layer_config": {},
+                "adapter_in_dim": 32,
+                "adapter_out_dim": 32,
+            },
+            "audio_config": {
+                "adapter_input_size": 32,
+                "adapter_out_dim": 32,
+                "downsample_hidden_size": 16,
+            },
+        },
         "swin2sr": {
             "image_size": 16,
             "patch_size": 1,
