@@ -174,6 +174,14 @@ def explain(
             rich_help_panel="Method",
         ),
     ] = "error",
+    positions: Annotated[
+        bool,
+        typer.Option(
+            "--positions",
+            help="Explain positions too, with the tokens that stand there (PA-LRP).",
+            rich_help_panel="Method",
+        ),
+    ] = False,
     html: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write a web page.", rich_help_panel="Output"),
@@ -247,9 +255,10 @@ def explain(
                     target=wanted,
                     backend=backend,
                     fallback=fallback,
+                    positions=positions,
                     audit=audit,
                     tokenizer=tokenizer,
-                    dynamic_shapes=None,
+                    dynamic_shapes="auto" if positions else None,  # else sizes equal by chance
                     on_stage=stage,
                 )
                 stage("explaining")

@@ -30,6 +30,7 @@ def compile(
     backend: str | Backend = "inductor",
     dynamic_shapes: str | Mapping[str, Any] | None = "auto",
     explain: Sequence[str] | None = None,
+    positions: bool = False,
     audit: bool = False,
     fallback: str = "error",
     tokenizer: Any = None,
@@ -52,6 +53,8 @@ def compile(
         dynamic_shapes: "auto": batch and length are dynamic where the model allows; None: none
             is; or what `torch.export.export` takes.
         explain: names of the inputs to explain; None: all that relevance can reach.
+        positions: whether the share of learned and rotary positions is explained too, summed into
+            the tokens that stand there (PA-LRP, Bakish et al. 2025), or held constant.
         audit: whether explanations carry the ledger of where relevance went.
         fallback: what becomes of an op that no rule claims: "error", or "gradient" to use the
             op's own gradient and say so in the report.
@@ -61,7 +64,8 @@ def compile(
 
     Raises:
         CaptureError: the model cannot be captured.
-        InputError: the inputs do not fit the model's forward, or none can be explained.
+        InputError: the inputs do not fit the model's forward, or none can be explained; or
+            positions are to be, and there are none.
         RuleError: no rule claims an op.
         TargetError: the default target does not exist.
         BackendError: the backend is unknown or failed.
@@ -84,7 +88,9 @@ def compile(
     seconds = time.perf_counter() - start
     stage("rewriting the graph")
     rewritten = _copy(captured.graph_module)
-    context = PassContext(tuple(explain) if explain is not None else None, composite, fallback)
+    context = PassContext(
+        tuple(explain) if explain is not None else None, composite, fallback, positions
+    )
     results = run_passes(rewritten, context, passes)
     report = Report(
         composite=composite.name,

@@ -19,11 +19,14 @@ from torch import Tensor, fx
 Op = Callable[..., Any]
 
 
-def source(value: Tensor, *, name: str, ids: Tensor | None = None) -> Tensor:
+def source(
+    value: Tensor, *, name: str, ids: Tensor | None = None, keep: tuple[int, ...] | None = None
+) -> Tensor:
     """Mark a value whose relevance is asked for.
 
     `name` is the model input that it stands for. For an embedding, `ids` are the indices that were
-    looked up: relevance summed over the features belongs to them.
+    looked up: relevance summed over the features belongs to them. `keep` are the dimensions of the
+    value that the indices have, in order; None: the leading ones.
     """
     return value
 

@@ -202,7 +202,8 @@ class Tape(fx.Interpreter):
         ids = node.kwargs.get("ids")
         if not isinstance(ids, fx.Node):
             return relevance
-        return relevance.sum(tuple(range(self.env[ids].dim(), value.dim())))
+        kept = node.kwargs.get("keep") or range(self.env[ids].dim())
+        return relevance.sum([d for d in range(value.dim()) if d not in kept])  # type: ignore[operator]
 
     def _carry(
         self, node: fx.Node, relevance: dict[fx.Node, Tensor], reading: Reading, audit: bool

@@ -12,6 +12,7 @@ from attnlrp_fx.passes.drop_assertions import drop_assertions
 from attnlrp_fx.passes.drop_identities import drop_identities
 from attnlrp_fx.passes.lower_copies import lower_copies
 from attnlrp_fx.passes.lower_pools import lower_pools
+from attnlrp_fx.passes.mark_positions import mark_positions
 from attnlrp_fx.passes.mark_sources import mark_sources
 from attnlrp_fx.passes.raise_activations import raise_activations
 from attnlrp_fx.passes.raise_attention import raise_attention
@@ -24,6 +25,7 @@ NORMALISE: tuple[Pass, ...] = (drop_assertions, lower_copies, lower_pools, drop_
 
 RAISE: tuple[Pass, ...] = (
     mark_sources,
+    mark_positions,
     raise_attention,
     raise_norms,
     raise_routing,
@@ -75,6 +77,7 @@ __all__ = [
     "drop_identities",
     "lower_copies",
     "lower_pools",
+    "mark_positions",
     "mark_sources",
     "raise_activations",
     "raise_attention",

@@ -21,6 +21,8 @@ class PassContext:
     """The composite that assigns rules."""
     fallback: str = "error"
     """What becomes of an op that no rule claims: "error" or "gradient"."""
+    positions: bool = False
+    """Whether positions are explained with the tokens that stand there, or constant."""
 
 
 @dataclass

@@ -559,6 +559,18 @@ def test_the_version():
     assert (result.exit_code, result.stdout) == (0, f"attnlrp-fx {attnlrp_fx.__version__}\n")
 
 
+def test_positions_are_explained_with_their_tokens(tmp_path):
+    text = "The plot is thin, but the performances are wonderful."
+    (without,), (placed,) = (
+        explained(tmp_path / "numbers.json", text, *option)[0]["rows"]
+        for option in ((), ("--positions",))
+    )
+    assert placed["target_value"] == pytest.approx(without["target_value"], rel=1e-5)
+    tokens, moved = (row["inputs"]["input_ids"] for row in (without, placed))
+    assert moved["tokens"] == tokens["tokens"]
+    assert moved["relevance"] != pytest.approx(tokens["relevance"], rel=1e-2)
+
+
 def test_help_names_every_task_and_dtype():
     text = " ".join(explain("--help", COLUMNS="300", TERMINAL_WIDTH="300").stdout.split())
     for word in (*TASKS, *DTYPES, "--contrast", "--decoder-text", "--fallback"):

@@ -35,6 +35,7 @@ aten = torch.ops.aten
 FOLDER = Path(inspect.getfile(passes)).resolve().parent
 PACKAGE = Path(inspect.getfile(attnlrp_fx)).parent
 NOT_PASSES = ("__init__", "base")
+CONTEXT = PassContext(positions=True)
 
 
 class Inner(nn.Module):
@@ -67,11 +68,11 @@ class Everything(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.words = nn.Embedding(11, 8)
+        self.words, self.places = nn.Embedding(11, 8), nn.Embedding(7, 8)
         self.inner = Inner()
 
     def forward(self, ids):
-        return self.inner(self.words(ids))
+        return self.inner(self.words(ids) + self.places(torch.arange(ids.shape[1])))
 
 
 class Linear(nn.Module):
@@ -98,7 +99,7 @@ def everything():
 def after(graph_module, *run_before):
     """A copy of a graph after some passes."""
     graph_module = copy_of(graph_module)
-    run_passes(graph_module, PassContext(), run_before)
+    run_passes(graph_module, CONTEXT, run_before)
     return graph_module
 
 
@@ -117,7 +118,7 @@ def named(run_next):
 def test_changes_what_it_is_for(run_next, everything):
     graph = after(everything, *before_pass(run_next))
     was = text(graph)
-    (result,) = run_passes(graph, PassContext(), (run_next,))
+    (result,) = run_passes(graph, CONTEXT, (run_next,))
     assert result.changes > 0
     assert text(graph) != was
 
@@ -126,7 +127,7 @@ def test_changes_what_it_is_for(run_next, everything):
 def test_is_idempotent(run_next, everything):
     graph = after(everything, *before_pass(run_next), run_next)
     was, code = text(graph), graph.code
-    (result,) = run_passes(graph, PassContext(), (run_next,))
+    (result,) = run_passes(graph, CONTEXT, (run_next,))
     assert result.changes == 0
     assert text(graph) == was
     assert graph.code == code
@@ -137,7 +138,7 @@ def test_leaves_alone_what_is_done(run_next, everything):
     """No pass finds anything to do in a graph that the whole pipeline has rewritten."""
     graph = after(everything, *PIPELINE)
     code = graph.code
-    (result,) = run_passes(graph, PassContext(), (run_next,))
+    (result,) = run_passes(graph, CONTEXT, (run_next,))
     assert (result.changes, graph.code) == (0, code)
 
 
@@ -176,7 +177,8 @@ def test_new_nodes_have_provenance(run_next, everything):
         assert node.meta["constructed_by"] == run_next.__name__
         assert node.meta["nn_module_stack"]
         assert source_line(node)
-        assert module_path(node) == ("words" if node.target is ops.source else "inner")
+        sources = {passes.mark_sources: "words", passes.mark_positions: "places"}
+        assert module_path(node) == sources.get(run_next, "inner")
 
 
 def test_rewritten_nodes_have_provenance(everything):
@@ -216,7 +218,7 @@ def test_file_symbol_result_and_test_share_a_name(name, everything):
     ]
     assert public == [name]
     graph = after(everything, *before_pass(run_next))
-    assert run_next(graph, PassContext()).name == name
+    assert run_next(graph, CONTEXT).name == name
     assert Path(__file__).with_name(f"test_{name}.py").exists()
 
 
@@ -237,6 +239,7 @@ def test_pipeline_is_the_documented_tuple():
         "lower_pools",
         "drop_identities",
         "mark_sources",
+        "mark_positions",
         "raise_attention",
         "raise_norms",
         "raise_routing",
