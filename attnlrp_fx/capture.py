@@ -360,7 +360,8 @@ def _static_notes(graph_module: fx.GraphModule) -> tuple[str, ...]:
     for node in graph_module.graph.find_nodes(op="placeholder"):
         value = node.meta["val"]
         fixed = [d for d in range(min(value.dim(), 2)) if is_concrete_int(value.shape[d])]
-        if fixed and (0 in fixed or not value.is_floating_point()):
+        is_sequence = not value.is_floating_point() or value.dim() == 3
+        if fixed and (0 in fixed or is_sequence):
             sizes = ", ".join(f"dimension {d} = {value.shape[d]}" for d in fixed)
             notes.append(f"input '{node.target}' is fixed to {sizes}")
     return tuple(notes)

@@ -116,7 +116,8 @@ class InputChecks:
                         raise InputError(
                             f"input '{name}' has shape {tuple(value.shape)}",
                             why=f"dimension {dim} was fixed to {expected} when it was captured",
-                            remedy="compile with dynamic_shapes='auto', or see report() for why",
+                            remedy="compile again with example inputs of this size, and with "
+                            "dynamic_shapes='auto'; report() says what the model fixes",
                         )
                     continue
                 known, where = sizes.setdefault(str(expected), (size, f"{name}[{dim}]"))

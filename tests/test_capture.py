@@ -280,6 +280,18 @@ def test_a_size_that_the_model_fixes_is_an_error_and_not_a_crash() -> None:
         explainer(torch.randn(4, 3, 12))
 
 
+def test_a_length_that_the_model_fixes_is_noted() -> None:
+    """A recurrent network is unrolled over the length of its example."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 2, batch_first=True)).eval()
+    explainer = attnlrp_fx.compile(
+        model, torch.randn(2, 5, 3), backend="eager", target=lambda outputs: outputs[0][:, -1, 0]
+    )
+    assert "input 'input' is fixed to dimension 1 = 5" in explainer.report().notes
+    with pytest.raises(InputError, match="dimension 1 was fixed to 5") as caught:
+        explainer(torch.randn(2, 6, 3))
+    assert "example inputs of this size" in caught.value.remedy
+
+
 def test_sizes_that_must_agree_are_checked() -> None:
     case = BY_NAME["bert"]
     explainer = attnlrp_fx.compile(case.model(), case.example(), backend="eager")
