@@ -14,6 +14,7 @@ from attnlrp_fx.passes.lower_copies import lower_copies
 from attnlrp_fx.passes.lower_pools import lower_pools
 from attnlrp_fx.passes.mark_positions import mark_positions
 from attnlrp_fx.passes.mark_sources import mark_sources
+from attnlrp_fx.passes.promote_casts import promote_casts
 from attnlrp_fx.passes.raise_activations import raise_activations
 from attnlrp_fx.passes.raise_attention import raise_attention
 from attnlrp_fx.passes.raise_norms import raise_norms
@@ -36,6 +37,9 @@ RAISE: tuple[Pass, ...] = (
 
 PIPELINE: tuple[Pass, ...] = (*NORMALISE, *RAISE, assign_rules)
 """The default pipeline, in order."""
+
+OPTIONAL: tuple[Pass, ...] = (promote_casts,)
+"""Passes to put before it for a purpose of one's own."""
 
 
 def run_passes(
@@ -67,6 +71,7 @@ def verify(graph_module: fx.GraphModule, name: str) -> None:
 
 __all__ = [
     "NORMALISE",
+    "OPTIONAL",
     "PIPELINE",
     "RAISE",
     "Pass",
@@ -79,6 +84,7 @@ __all__ = [
     "lower_pools",
     "mark_positions",
     "mark_sources",
+    "promote_casts",
     "raise_activations",
     "raise_attention",
     "raise_norms",

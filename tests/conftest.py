@@ -7,13 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
-from models import Case, promote_casts
+from models import Case
 from torch import nn
 
 import attnlrp_fx
 from attnlrp_fx import ExplainableGraphModule, capture, compiler
 from attnlrp_fx.capture import Captured
-from attnlrp_fx.passes import PIPELINE, drop_assertions
+from attnlrp_fx.passes import PIPELINE, drop_assertions, promote_casts
 
 torch.set_num_threads(1)
 logging.getLogger("torch.__trace").addFilter(lambda record: False)  # pytest keeps every record

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-
-from attnlrp_fx.passes import PassContext, PassResult
 
 VOCABULARY, HIDDEN, HEADS, LAYERS, INTERMEDIATE, POSITIONS = 61, 32, 4, 2, 48, 40
 LABELS = 3
@@ -379,28 +377,3 @@ PLAIN = (
 TRANSFORMERS = (*CAUSAL, *CLASSIFIERS, *HEADED, *SEQ2SEQ)
 CASES = (*TRANSFORMERS, *PLAIN)
 BY_NAME = {case.name: case for case in CASES}
-
-
-def promote_casts(graph_module: fx.GraphModule, context: PassContext) -> PassResult:
-    """A pass that makes a graph compute in float64 what its model casts to float32.
-
-    So that laws that hold in exact arithmetic can be held to the precision of float64.
-    """
-    result = PassResult("promote_casts")
-    for node in graph_module.graph.nodes:
-        arguments = node.args, node.kwargs
-        promoted = fx.node.map_aggregate(
-            arguments, lambda leaf: torch.float64 if leaf is torch.float32 else leaf
-        )
-        if promoted != arguments:
-            node.args, node.kwargs = promoted
-            result.changes += 1
-        value = node.meta.get("val")
-        if (
-            node.op == "call_function"
-            and isinstance(value, Tensor)
-            and value.dtype == torch.float32
-        ):
-            node.meta["val"] = value.double()
-    graph_module.recompile()
-    return result

@@ -4,11 +4,18 @@ import math
 
 import pytest
 import torch
-from models import LAYERS, promote_casts, randomised, transformers_model
+from models import LAYERS, randomised, transformers_model
 from rewriting import captured, copy_of, prepared, relevance, run, text
 from torch import nn
 
-from attnlrp_fx.passes import NORMALISE, PassContext, mark_sources, raise_attention, run_passes
+from attnlrp_fx.passes import (
+    NORMALISE,
+    PassContext,
+    mark_sources,
+    promote_casts,
+    raise_attention,
+    run_passes,
+)
 from attnlrp_fx.provenance import module_path
 
 BATCH, LENGTH, HEADS, FEATURES = 2, 5, 3, 4
