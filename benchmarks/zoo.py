@@ -300,7 +300,8 @@ class _LookUps(TorchFunctionMode):
 def _origins(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> list[dict[str, Tensor]]:
     """Which element of an input each looked-up index is from, -1 for none.
 
-    Found by changing one element at a time, so that it holds wherever a model moves its tokens.
+    Found by changing tokens, so that it holds wherever a model moves them: half of the tokens at a
+    time, those whose number has a bit and those whose number has not.
     """
 
     def indices(given: Inputs) -> list[Tensor]:
@@ -311,20 +312,21 @@ def _origins(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> list[dic
     before = indices(inputs)
     origins: list[dict[str, Tensor]] = [{} for _ in before]
     for name in names:
-        for element in range(inputs[name].numel()):
-            changed = inputs[name].clone()
-            changed.view(-1)[element] += 1
-            try:
-                after = indices({**inputs, name: changed})
-            except (RuntimeError, ValueError):  # the place of an image: the model counts them
-                continue
-            for known, old, new in zip(origins, before, after, strict=True):
-                moved = old != new
-                if moved.any():
-                    origin = known.setdefault(name, torch.full(old.shape, -1))
-                    if bool((origin[moved] >= 0).any()):
-                        raise AssertionError(f"one look-up is of several tokens of '{name}'")
-                    origin[moved] = element
+        ids = inputs[name]
+        numbers = torch.arange(ids.numel()).view(ids.shape)
+        origin = [torch.full(index.shape, -1) for index in before]
+        for bit in range(max(1, (ids.numel() - 1).bit_length())):
+            has = (numbers >> bit) % 2 * zoo_models.is_ordinary(ids)
+            has_not = zoo_models.is_ordinary(ids) * 1 - has
+            ones, zeros = (indices({**inputs, name: ids + which}) for which in (has, has_not))
+            for at, old, one, zero in zip(origin, before, ones, zeros, strict=True):
+                if bool(((one != old) & (zero != old)).any()):
+                    raise AssertionError(f"one look-up is of several tokens of '{name}'")
+                at[((one != old) | (zero != old)) & (at < 0)] = 0
+                at[one != old] += 1 << bit
+        for known, at in zip(origins, origin, strict=True):
+            if bool((at >= 0).any()):
+                known[name] = at
     return origins
 
 

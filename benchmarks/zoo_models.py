@@ -22,6 +22,7 @@ from torch import Tensor, nn
 VOCABULARY, HIDDEN, HEADS, LAYERS, INTERMEDIATE, POSITIONS = 99, 32, 4, 2, 48, 64
 LABELS, FRAMES, MELS = 3, 4, 10
 BATCH, LENGTH = 2, 7
+ORDINARY = 4, VOCABULARY - 25
 
 Inputs = dict[str, Any]
 
@@ -781,7 +782,12 @@ def _is_floating(value: Any) -> bool:
 
 def token_ids(batch: int, length: int) -> Tensor:
     """Token ids that are no special tokens."""
-    return torch.randint(4, VOCABULARY - 25, (batch, length))
+    return torch.randint(*ORDINARY, (batch, length))
+
+
+def is_ordinary(ids: Tensor) -> Tensor:
+    """Which ids are no special tokens, nor become one by adding 1."""
+    return (ids >= ORDINARY[0]) & (ids < ORDINARY[1])
 
 
 @dataclass(frozen=True)
@@ -1139,7 +1145,7 @@ INPUTS: dict[str, Callable[[Context], Inputs]] = {
         },
     ),
     "kyutai_speech_to_text": lambda c: {
-        "input_ids": torch.randint(3, 15, (c.batch, c.length, c.field("num_codebooks") + 1))
+        "input_ids": torch.randint(4, 15, (c.batch, c.length, c.field("num_codebooks") + 1))
     },
     "nemotron_h_omni": lambda c: image_and_text(
         c,
