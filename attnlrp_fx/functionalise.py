@@ -40,6 +40,7 @@ def functional(exported: ExportedProgram) -> fx.GraphModule:
             graph_module = exported.run_decompositions(table).module(check_guards=False)
             assert isinstance(graph_module, fx.GraphModule)
     relax_views(graph_module)
+    relax_counts(graph_module)
     return graph_module
 
 
@@ -93,6 +94,35 @@ def _detach_outputs(body: fx.Graph, is_input: Sequence[bool]) -> None:
                 held = body.call_function(aten.detach.default, (leaf,))
             held.meta = dict(leaf.meta)
             output.replace_input_with(leaf, held)
+
+
+def relax_counts(graph_module: fx.GraphModule) -> None:
+    """Make every histogram of integers one of floats, which every device has.
+
+    The CPU counts no integers, so a model that asks its device would be captured on another as a
+    graph that the CPU cannot run. Integers below 2²⁴, such as indices of experts, count the same.
+    """
+    graph = graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=aten.histc.default):
+        (counted,), dtype = node.all_input_nodes, node.meta["val"].dtype
+        if dtype.is_floating_point:
+            continue
+        with graph.inserting_before(node):
+            floats = _cast(graph, counted, torch.float32, node)
+        node.replace_input_with(counted, floats)
+        node.meta["val"] = node.meta["val"].float()
+        with graph.inserting_after(node):
+            counts = _cast(graph, node, dtype, node)
+        node.replace_all_uses_with(
+            counts, delete_user_cb=lambda user, kept=counts: user is not kept
+        )
+    graph_module.recompile()
+
+
+def _cast(graph: fx.Graph, value: fx.Node, dtype: torch.dtype, source: fx.Node) -> fx.Node:
+    cast = graph.call_function(aten._to_copy.default, (value,), {"dtype": dtype})
+    cast.meta = {**source.meta, "val": value.meta["val"].to(dtype)}
+    return cast
 
 
 def inline_regions(graph_module: fx.GraphModule) -> None:

@@ -57,6 +57,34 @@ def test_functional(model: nn.Module, decomposed: bool) -> None:
     torch.testing.assert_close(after(x), model(x), rtol=0, atol=0)
 
 
+class Counts(nn.Module):
+    """Counts integers wherever that works, as transformers does for experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        chosen = y.argmax(-1)
+        counted = chosen.float() if x.device.type == "cpu" else chosen.int()
+        return y * torch.histc(counted, bins=4, min=0, max=3)
+
+
+def test_counts_of_integers_run_on_the_cpu() -> None:
+    """Compiled on a device that counts integers, given its values on the CPU, which does not."""
+    x, expected = torch.randn(7, 4), Counts().eval()
+    model = Counts().to("meta").eval()
+    explainer = attnlrp_fx.compile(model, torch.ones(2, 4, device="meta"), backend="eager")
+    (counts,) = explainer.captured.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.histc.default
+    )
+    assert counts.meta["val"].dtype == torch.float32
+    assert [user.meta["val"].dtype for user in counts.users] == [torch.int32]
+    model.to_empty(device="cpu").load_state_dict(expected.state_dict())
+    torch.testing.assert_close(explainer(x).outputs, expected(x))
+
+
 class Frozen(nn.Module):
     """A part of the model's own without gradients, and then one with them."""
 
