@@ -65,7 +65,7 @@ def emit(
     Args:
         rewritten: the rewritten graph.
         seeded: positions of the flat outputs that get a seed.
-        attributes: the graph's tensors by name, on the device.
+        attributes: the graph's tensors by name; only their sizes, strides and dtypes are read.
         device: where the program will run.
         captured_device: where the model was captured; constants created there move along.
         audit: whether the program also returns the ledger's sums.
@@ -75,9 +75,6 @@ def emit(
     placeholders = graph.find_nodes(op="placeholder")
     outputs = list(graph.output_node().args[0])  # type: ignore[arg-type]
     mode = fake_mode_of(rewritten)
-    fakes = {
-        name: mode.from_tensor(value, static_shapes=True) for name, value in attributes.items()
-    }
     explained: list[str] = []
     audited: list[str] = []
 
@@ -96,6 +93,10 @@ def emit(
         return [*results, *read.relevance.values(), *sums]
 
     with mode, torch.no_grad():
+        fakes = {
+            name: mode.from_tensor(value, static_shapes=True).to(device)
+            for name, value in attributes.items()
+        }
         fake_inputs = [_on(node.meta["val"], device) for node in placeholders]
         seeds = [_on(outputs[i].meta["val"], device) for i in seeded]
         with torch.fx.traceback.preserve_node_meta():

@@ -15,6 +15,7 @@ from attnlrp_fx.backends import Backend, Runnable, compile_graph
 from attnlrp_fx.capture import Captured, flat_inputs
 from attnlrp_fx.checks import InputChecks, find_non_finite
 from attnlrp_fx.codegen import Program, emit
+from attnlrp_fx.cost import Cost, program_cost
 from attnlrp_fx.errors import InputError, TargetError
 from attnlrp_fx.explanation import Explanation
 from attnlrp_fx.labels import Labels
@@ -137,6 +138,11 @@ class ExplainableGraphModule(nn.Module):
         """
         wanted = self._target if target is None else as_target(target)
         device = self._attributes.device()
+        if device.type == "meta" and (check_finite or self._options.audit):
+            raise InputError(
+                "the model is on the meta device: there are no values to add up or to check",
+                remedy='give it values: model.to_empty(device="cpu"), then load_state_dict',
+            )
         values = self._checks.ordered(self._named(args, inputs), device)
         given = dict(zip(self._checks.examples, values, strict=True))
         with torch.no_grad():
@@ -149,6 +155,34 @@ class ExplainableGraphModule(nn.Module):
         """Compile the program of the default target now rather than at the first call."""
         self._compiled(self._default_seeds(), self._attributes.device())
         return self
+
+    def cost(self, *args: Any, device: torch.device | str | None = None, **inputs: Any) -> Cost:
+        """What explaining a batch takes, in operations and memory; nothing is computed.
+
+        Args:
+            *args: as in a call; only sizes and dtypes are read.
+            device: where it would run; None: where the model is. A model on "meta" takes no
+                memory, and its programs for other devices can be asked about.
+            **inputs: as in a call.
+
+        Raises:
+            InputError: the inputs do not fit.
+
+        Example:
+            >>> import torch, attnlrp_fx
+            >>> linear = torch.nn.Linear(3, 4, device="meta").eval()
+            >>> x = torch.ones(2, 3, device="meta")
+            >>> attnlrp_fx.compile(linear, x).cost(x, device="cpu").forward_flops  # 2 · 2 · 3 · 4
+            48
+        """
+        values = self._checks.ordered(self._named(args, inputs), torch.device("meta"))
+        given = dict(zip(self._checks.examples, values, strict=True))
+        seeded, own = self._default_seeds(), self._attributes.device()
+        wanted = own if device is None else torch.device(device)
+        program = (
+            self._compiled(seeded, own).program if wanted == own else self._emit(seeded, wanted)
+        )
+        return program_cost(program, given)
 
     def _explain(
         self, target: Target, given: dict[str, Tensor], device: torch.device
@@ -262,21 +296,14 @@ class ExplainableGraphModule(nn.Module):
         stage = self._options.on_stage or (lambda text: None)
         stage("tracing the program")
         start = time.perf_counter()
-        program = emit(
-            self.rewritten,
-            seeded,
-            attributes=self._attributes.values(device),
-            device=device,
-            captured_device=self._captured_device,
-            audit=self._options.audit,
-            recompute=self._options.backend != "eager",
-        )
+        program = self._emit(seeded, device)
+        backend = "eager" if device.type == "meta" else self._options.backend
         traced = time.perf_counter()
         stage("compiling the program")
         compiled = _Compiled(
             program,
-            compile_graph(program.forward, self._options.backend),
-            compile_graph(program.relevance, self._options.backend),
+            compile_graph(program.forward, backend),
+            compile_graph(program.relevance, backend),
             _input_names(program.forward),
             _input_names(program.relevance),
         )
@@ -290,6 +317,18 @@ class ExplainableGraphModule(nn.Module):
             )
         )
         return compiled
+
+    def _emit(self, seeded: tuple[int, ...], device: torch.device) -> Program:
+        """Trace the program for some seeds on a device."""
+        return emit(
+            self.rewritten,
+            seeded,
+            attributes=self._attributes.values(),
+            device=device,
+            captured_device=self._captured_device,
+            audit=self._options.audit,
+            recompute=self._options.backend != "eager",
+        )
 
     def _classes(self, flat: Sequence[Any], seeded: Sequence[int]) -> tuple[int, bool]:
         """How many classes the explained output has, and whether they are tokens."""

@@ -6,6 +6,8 @@
   placeholders, needs `standalone_compile`, exported from `torch._inductor` without documentation.
 - `fake_mode_of`, `fresh`: the fake-tensor mode of a captured graph, in which it is traced again,
   so that both share their symbols; a fake tensor that is no view, which Inductor cannot take in.
+- `new_fake_mode`, `storage_of`: tensors with sizes and no values, on any device; which of them
+  share memory.
 - `size_assumptions`, `fails`: the branches that capture took by size; `torch.export` would check
   them at run time only in the calling convention that a rewritten graph no longer has.
 - `typical_size`: what a symbolic size would be, from its expression.
@@ -49,6 +51,16 @@ def fresh(value: Any) -> Any:
         return torch.empty_strided(
             value.shape, value.stride(), dtype=value.dtype, device=value.device
         )
+
+
+def new_fake_mode() -> FakeTensorMode:
+    """A mode in which tensors have sizes and no values; a graph's own constants may be real."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """What identifies the memory that a tensor lies in, for as long as it lives."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def size_assumptions(graph_module: fx.GraphModule) -> list[Any]:

@@ -43,7 +43,9 @@ def test_every_function_is_tested() -> None:
         "inductor",
         "fake_mode_of",
         "fresh",
+        "new_fake_mode",
         "size_assumptions",
+        "storage_of",
         "fails",
         "typical_size",
     }
@@ -129,3 +131,19 @@ def test_size_assumptions() -> None:
     assert any(torch_private.fails(a, {rows: 12}) for a in assumptions)
     assert not any(torch_private.fails(a, {rows: 5}) for a in assumptions)
     assert not any(torch_private.fails(a, {}) for a in assumptions)
+
+
+def test_new_fake_mode() -> None:
+    """Gigabytes that are none, beside a constant that is real."""
+    with torch_private.new_fake_mode():
+        huge = torch.empty(2**40, dtype=torch.float64, device="cpu")
+        assert (huge + torch.ones(())).shape == (2**40,)
+
+
+def test_storage_of() -> None:
+    """Views lie where what they view lies, with values or without."""
+    with torch_private.new_fake_mode():
+        fakes = torch.empty(3, 4), torch.empty(3, 4)
+        for x, other in [fakes, (torch.ones(3, 4), torch.ones(3, 4))]:
+            assert torch_private.storage_of(x.view(12)[1:]) == torch_private.storage_of(x)
+            assert torch_private.storage_of(x) != torch_private.storage_of(other)
