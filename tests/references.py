@@ -293,3 +293,37 @@ def transformer_block(
     if not cp:
         of_normed = of_normed + back(normed, p["q"], of_q) + back(normed, p["k"], of_k)
     return of_x + normalisation(of_normed)
+
+
+def mixture_of_experts(
+    x: Tensor, parameters: Mapping[str, Tensor], chosen: int, relevance: Tensor, *, cp: bool = False
+) -> Tensor:
+    """Mixtral's layer on one token: Σ weight_e · expert_e(x), as Achtibat et al. explain it.
+
+    Half of each product to the weight, half to the expert (eq. 14); the weights by the ε rule of
+    the router (eq. 8) and the softmax rule (eq. 13) over the chosen experts, whose renormalised
+    probabilities are the softmax of their logits. `cp` holds weights and gates constant.
+    """
+    logits = parameters["router"] @ x
+    best = logits.topk(chosen).indices
+    weights = torch.softmax(logits[best], 0)
+    hidden, said = [], []
+    for e in best:
+        gate, up = (parameters["gate_up"][e] @ x).chunk(2)
+        hidden.append((gate, up, gate * torch.sigmoid(gate) * up))
+        said.append(parameters["down"][e] @ hidden[-1][2])
+    out = sum(w * y for w, y in zip(weights, said, strict=True))
+    of_weights, of_x = torch.zeros_like(weights), torch.zeros_like(x)
+    for i, e in enumerate(best):
+        of_product = share(weights[i] * said[i], out, relevance)
+        of_expert = of_product if cp else product(2, of_product)
+        of_weights[i] = 0 if cp else product(2, of_product).sum()
+        of_hidden, _ = linear(hidden[i][2], parameters["down"][e], None, of_expert)
+        of_up = of_hidden if cp else product(2, of_hidden)
+        of_gate = torch.zeros_like(of_hidden) if cp else product(2, of_hidden)
+        of_both = torch.cat([of_gate, of_up])
+        of_x = of_x + linear(x, parameters["gate_up"][e], None, of_both)[0]
+    if cp:
+        return of_x
+    of_logits = softmax(logits[best], of_weights)
+    return of_x + linear(x, parameters["router"][best], None, of_logits)[0]
