@@ -785,9 +785,14 @@ def token_ids(batch: int, length: int) -> Tensor:
     return torch.randint(*ORDINARY, (batch, length))
 
 
-def is_ordinary(ids: Tensor) -> Tensor:
-    """Which ids are no special tokens, nor become one by adding 1."""
-    return (ids >= ORDINARY[0]) & (ids < ORDINARY[1])
+def other_ids(ids: Tensor, *, tokens: bool) -> Tensor:
+    """Another id for each, of those that occur; special tokens stay."""
+    ordinary = (ids >= ORDINARY[0]) & (ids < ORDINARY[1]) if tokens else torch.ones_like(ids) > 0
+    if not bool(ordinary.any()):
+        return ids
+    low, high = ids[ordinary].min(), ids[ordinary].max()
+    other = low + (ids - low + 1) % (high - low + 1) if high > low else (ids - 1).abs()
+    return torch.where(ordinary, other, ids)
 
 
 @dataclass(frozen=True)
