@@ -135,49 +135,50 @@ class Row:
 
 
 def examine(arch: Architecture, row: Row) -> Iterator[None]:
-    """Fill in a row, check by check; yields after each so that what is known can be kept."""
+    """Fill in a row, check by check; yields before each so that what is known can be kept."""
     start = time.perf_counter()
     model = arch.model()
     inputs = arch.inputs(model)
     _run(model, inputs)
     row.stage = "capture"
+    yield
     captured = attnlrp_fx.capture.capture(model, inputs)
     row.captured = True
     row.nodes = len(captured.graph_module.graph.nodes)
     row.notes = list(captured.notes)
-    yield
     row.stage = "rewrite"
+    yield
     rules = explained(model, inputs, captured, "attnlrp", traced=False)
     row.rewritten = True
     row.casts = _casts(captured.graph_module)
-    yield
     row.stage = "law 1"
+    yield
     relevance, ledger = on_tape(rules, inputs)
     if row.casts:
         exact = explained(model, inputs, captured, "attnlrp", traced=False, passes=PROMOTED)
         _, ledger = on_tape(exact, inputs)
     row.law_1 = _number(abs(ledger.residual) / max(abs(ledger.target), 1e-12))
     row.share = _number(sum(ledger.inputs.values()) / ledger.target)
-    yield
     row.stage = "law 2"
+    yield
     gradient = explained(model, inputs, captured, "gradient", traced=False)
     row.law_2 = _against_autograd(model, gradient, inputs)
-    yield
     row.stage = "program"
+    yield
     explainer = explained(model, inputs, captured, "attnlrp")
     explanation = explainer(inputs)
     row.forward = _difference(_flat(explanation.outputs), _flat(_run(model, inputs)))
     row.program = _relevance_difference(explanation.relevance, relevance)
-    yield
     row.stage = "other sizes"
+    yield
     row.dynamic_batch, row.dynamic_length, other = _other_sizes(arch, model, inputs, captured)
     if other is not None:
         row.other_law_2 = _against_autograd(model, gradient, other)
         again = explainer(other)
         row.other_forward = _difference(_flat(again.outputs), _flat(_run(model, other)))
         row.other_program = _relevance_difference(again.relevance, on_tape(rules, other)[0])
-    yield
     row.stage = "attention"
+    yield
     if getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa":
         row.attention = _attention(model, inputs, relevance)
     row.stage = "done"
