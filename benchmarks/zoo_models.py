@@ -220,6 +220,7 @@ CHAMELEON_VQ: dict[str, Any] = {
     "channel_multiplier": (1, 1, 1, 1),
     "resolution": 32,
 }
+TWO_KINDS: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
 RESNET: dict[str, Any] = {
     "use_timm_backbone": False,
     "backbone": None,
@@ -423,6 +424,9 @@ CONFIGS.update(
                 "num_global_layers": 1,
             },
         },
+        "minicpm_ocr": {"text_config": TWO_KINDS},
+        "minicpmv4_6": {"text_config": TWO_KINDS},
+        "minicpmv4_7": {"text_config": TWO_KINDS},
         "molmo2": {"image_patch_id": 88, "adapter_config": {"vision_feature_layer": [1, 0]}},
         "muse_spark": {"out_hidden_size": 128, "audio_config": {"num_hidden_layers": 4}},
         "nemotron_h_omni": {
