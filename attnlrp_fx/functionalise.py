@@ -1,8 +1,9 @@
 """From an exported program to a functional graph of ops that the table knows.
 
 `torch.export` leaves a model's in-place ops, its no-grad regions, and composite ops of every kind.
-PyTorch's own decomposition removes them, at the price of tracing the model a second time. Most
-models need none of it on the way that relevance takes: then only the no-grad regions are inlined.
+PyTorch's own decomposition removes them, at the price of tracing the model twice more. Most models
+need none of it: no-grad regions are inlined, in-place ops made functional where they stand
+(`mutations`), and the table knows all ops on the way that relevance takes.
 
 What leaves a no-grad region is a constant to the model's gradient, and so to relevance: either way
 it goes through a `detach`.
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram, default_decompositions
 
+from attnlrp_fx.mutations import drop_mutations, is_mutable
 from attnlrp_fx.operators import aten, is_known, is_op
 
 LOOKUPS = ("embedding", "index", "index_select")
@@ -32,7 +34,7 @@ def functional(exported: ExportedProgram) -> fx.GraphModule:
         graph_module = exported.module(check_guards=False)
         assert isinstance(graph_module, fx.GraphModule)
         inline_regions(graph_module)
-        if needs_decomposition(graph_module):
+        if not drop_mutations(graph_module) or needs_decomposition(graph_module):
             table = default_decompositions()
             for op in list(table):
                 if is_known(op):
@@ -164,26 +166,30 @@ def _is_submodule(graph_module: fx.GraphModule, arg: Any) -> bool:
 
 
 def needs_decomposition(graph_module: fx.GraphModule) -> bool:
-    """Whether a graph changes a value in place, or has an op on floats that the table lacks."""
-    return any(
-        _is_mutable(node.target) or _is_unknown(node)
-        for node in graph_module.graph.nodes
-        if node.op == "call_function"
-    )
+    """Whether a graph changes a value in place, or has an op the table lacks on relevance's way."""
+    varies: set[fx.Node] = set()
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder" and _is_floating(node):
+            varies.add(node)
+        if node.op != "call_function":
+            continue
+        takes = any(leaf in varies for leaf in node.all_input_nodes)
+        if _is_mutable(node) or (takes and _is_unknown(node)):
+            return True
+        if _is_floating(node) and (takes or is_op(node, *LOOKUPS)):
+            varies.add(node)
+    return False
 
 
-def _is_mutable(target: Any) -> bool:
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return True
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+def _is_mutable(node: fx.Node) -> bool:
+    return is_mutable(node) or isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
 def _is_unknown(node: fx.Node) -> bool:
-    """An op outside the table from floats to floats; what makes constants may be any op."""
+    """An op outside the table that returns floats; what makes constants may be any op."""
     if not isinstance(node.target, torch._ops.OpOverload) or is_known(node.target):
         return False
-    floating = any(_is_floating(leaf) for leaf in node.all_input_nodes)
-    return floating and _is_floating(node) and not is_op(node, *LOOKUPS)
+    return _is_floating(node) and not is_op(node, *LOOKUPS)
 
 
 def _is_floating(node: fx.Node) -> bool:

@@ -105,6 +105,7 @@ def _unreached(graph: fx.Graph, what: str, names: list[str]) -> InputError:
 def _stopped(graph: fx.Graph) -> fx.Node | None:
     """The first value that depends on a source and is detached, None if there is none."""
     reached: set[fx.Node] = set()
+    node: fx.Node
     for node in graph.nodes:
         if node.target is ops.source or any(leaf in reached for leaf in node.all_input_nodes):
             if is_op(node, "detach"):
