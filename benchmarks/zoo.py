@@ -325,7 +325,8 @@ def _origins(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> list[dic
     """Which element of an input each looked-up index is from, -1 for none.
 
     Found by changing tokens, so that it holds wherever a model moves them: half of the tokens at a
-    time, those whose number has a bit and those whose number has not.
+    time, those whose number has a bit and those whose number has not. Special tokens, which a
+    model may count, stay; where all others are looked up in place, so are they.
     """
 
     def indices(given: Inputs) -> list[Tensor]:
@@ -351,8 +352,10 @@ def _origins(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> list[dic
                 at[((one != old) | (zero != old)) & (at < 0)] = 0
                 at[one != old] += 1 << bit
         for known, at in zip(origins, origin, strict=True):
-            if bool((at >= 0).any()):
-                known[name] = at
+            found = at >= 0
+            if bool(found.any()):
+                in_place = at.shape == ids.shape and bool((at == numbers)[found].all())
+                known[name] = numbers if in_place else at
     return origins
 
 

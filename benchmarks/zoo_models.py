@@ -930,8 +930,9 @@ def _merged(c: Context, media: Inputs, kind: str, token: int | None = None) -> I
         count = _count(found, c.model.get_input_embeddings().weight.shape[-1]) // c.batch
         ids = torch.cat([ids[:, :2], torch.full((c.batch, count), token), ids[:, 2:]], 1)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **media}
-    if token is not None and "mm_token_type_ids" in c.accepted:
-        given["mm_token_type_ids"] = (ids == token).long()
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if token is not None and name in c.accepted:
+            given[name] = (ids == token).long()
     if "decoder_input_ids" in c.accepted and c.field("is_encoder_decoder"):
         given["decoder_input_ids"] = MAKERS["decoder_input_ids"](c)
     return given
