@@ -173,7 +173,10 @@ class Tape(fx.Interpreter):
     def _pull(
         self, node: fx.Node, coefficients: dict[fx.Node, Any], audited: Reading | None
     ) -> None:
-        """Take one node's coefficient to its explained inputs."""
+        """Take one node's coefficient to its explained inputs, each in its input's dtype.
+
+        Ops that promote (bfloat16 times float32) give outputs, and so coefficients, of another.
+        """
         c = coefficients.pop(node)
         if node.target is operator.getitem:
             owner, part = node.args
@@ -187,9 +190,9 @@ class Tape(fx.Interpreter):
             c = [c[i] if i in c else torch.zeros_like(part) for i, part in enumerate(output)]
         self.watch(node, "relevance", c)
         pulled = self.pullbacks[node](c)
-        for leaf, coefficient in zip(inputs, pulled, strict=True):
+        for leaf, value, coefficient in zip(inputs, call.primals, pulled, strict=True):
             if coefficient is not None:
-                _add(coefficients, leaf, coefficient)
+                _add(coefficients, leaf, coefficient.to(value.dtype))
         if audited is not None:
             assert callable(node.target)
             audited.sums[node.name] = node_sums(node.target, call, output, c, pulled)

@@ -207,7 +207,7 @@ def test_a_changed_dtype_is_named() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["qwen3", "opt", "distilbert"])
+@pytest.mark.parametrize("name", ["qwen3", "opt", "distilbert", "t5"])
 def test_dtypes(name: str, dtype: torch.dtype, explain: Explain) -> None:
     """A short computation is off by some tens of roundings; relevance is float32 or better."""
     case = BY_NAME[name]
