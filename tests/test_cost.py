@@ -169,3 +169,17 @@ def test_what_needs_values_says_so_without_them(needs_values: str) -> None:
     with pytest.raises(InputError, match="meta device") as caught:
         explainer(**given, check_finite=not audit)
     assert "to_empty" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "t5"])
+def test_a_long_example_burns_nothing_in(name: str) -> None:
+    """Captured at thousands of tokens or at six, a program takes the same for any other length."""
+    case = BY_NAME[name]
+    costs = []
+    for batch, length in [(3, 4096), (2, 6)]:
+        model = case.model().to("meta")
+        given = on_meta(case.example(batch, length))
+        explainer = attnlrp_fx.compile(model, given, backend="eager")
+        costs += [explainer.cost(**case.example(*sizes)) for sizes in [(1, 1), (4, 33), (2, 5000)]]
+    assert costs[:3] == costs[3:]
+    assert costs[0].flops < costs[1].flops < costs[2].flops
