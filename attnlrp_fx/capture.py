@@ -100,11 +100,16 @@ def capture(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(unlike_symbols())
+        own = stack.enter_context(_own_backwards())
         if dynamic_shapes == "auto":
             exported, fixed = _export_dynamic(model, example)
             notes += fixed
         else:
             exported = _export(model, example, dynamic_shapes)
+        notes += tuple(
+            f"'{name}' has a backward of its own: relevance follows the derivative of its forward"
+            for name in own
+        )
         constants = {k: v for k, v in example.items() if not _has_tensors(v)}
         return _captured(exported, pytree.tree_leaves(example), constants, notes)
 
@@ -219,6 +224,28 @@ def _capturable(model: nn.Module, inputs: dict[str, Any]) -> Iterator[list[str]]
             module.set_experts_implementation(before)
         for parameter in requires_grad:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _own_backwards() -> Iterator[dict[str, None]]:
+    """Which autograd functions that are not PyTorch's a model calls.
+
+    Their forward alone is captured: what they hand back as a derivative leaves no trace in a graph.
+    """
+    called: dict[str, None] = {}
+    function: Any = torch.autograd.Function
+    apply = function.__dict__["apply"]
+
+    def recorded(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            called[cls.__qualname__] = None
+        return apply.__func__(cls, *args, **kwargs)
+
+    function.apply = classmethod(recorded)
+    try:
+        yield called
+    finally:
+        function.apply = apply
 
 
 def _experts_implementations(model: nn.Module) -> dict[Any, dict[str, str | None]]:

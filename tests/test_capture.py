@@ -292,6 +292,34 @@ def test_a_length_that_the_model_fixes_is_noted() -> None:
     assert "example inputs of this size" in caught.value.remedy
 
 
+class StraightThrough(torch.autograd.Function):
+    """Has the derivative of another function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Function(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return StraightThrough.apply(x * 2)  # type: ignore[no-any-return]
+
+
+def test_a_backward_of_the_models_own_is_noted() -> None:
+    apply = torch.autograd.Function.__dict__["apply"]
+    x = torch.randn(2, 3)
+    explainer = attnlrp_fx.compile(Function().eval(), x, composite="gradient", backend="eager")
+    (note,) = explainer.report().notes
+    assert "'StraightThrough' has a backward of its own" in note
+    assert torch.autograd.Function.__dict__["apply"] is apply
+    expected = 2 * x * (2 * x).cos() * torch.tensor([0, 1, 0])
+    torch.testing.assert_close(explainer(x, target=1).relevance["x"], expected)
+
+
 def test_sizes_that_must_agree_are_checked() -> None:
     case = BY_NAME["bert"]
     explainer = attnlrp_fx.compile(case.model(), case.example(), backend="eager")
