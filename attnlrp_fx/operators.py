@@ -5,6 +5,7 @@ An op's kind says how its output depends on its *explained* inputs, the only one
 - linear: jointly linear (affine with the constants) in all explained inputs together;
 - product: linear in each factor alone, so with one explained factor it is linear;
 - quotient: linear in the numerator;
+- partly linear: linear in some arguments; nonlinear, a reduction, where another one is explained;
 - activation: elementwise, one explained input;
 - softmax, attention, norm, reduction, selection: as named.
 
@@ -74,11 +75,20 @@ LINEAR = """
     _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d
     upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
     upsample_trilinear3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa
-    _upsample_nearest_exact2d grid_sampler grid_sampler_2d
-    _native_batch_norm_legit_no_training pixel_shuffle pixel_unshuffle channel_shuffle fft_fft
+    _upsample_nearest_exact2d embedding pixel_shuffle pixel_unshuffle channel_shuffle fft_fft
     fft_ifft fft_fftn fft_ifftn fft_rfft fft_irfft fft_fft2 complex conj _conj resolve_conj
     resolve_neg dropout feature_dropout nan_to_num trace rot90
 """.split()
+
+PARTLY_LINEAR: dict[str, tuple[int, ...]] = {
+    "grid_sampler": (0,),
+    "grid_sampler_2d": (0,),
+    "grid_sampler_3d": (0,),
+    "_native_batch_norm_legit_no_training": (0, 2, 3),
+    "linalg_solve": (1,),
+    "_linalg_solve_ex": (1,),
+}
+"""Ops that are jointly linear in the arguments at these positions, and in no other."""
 
 PRODUCTS = {
     "mul": Product((0, 1)),
@@ -101,15 +111,17 @@ PRODUCTS = {
     "conv_transpose1d": Product((0, 1), (2,)),
     "conv_transpose2d": Product((0, 1), (2,)),
     "conv_transpose3d": Product((0, 1), (2,)),
+    "bilinear": Product((0, 1, 2), (3,)),
+    "_trilinear": Product((0, 1, 2)),
     "_grouped_mm": Product((0, 1)),
     "transformers::grouped_mm_fallback": Product((0, 1)),
 }
 
 ACTIVATIONS = """
-    abs acos asin asinh atan celu clamp clamp_max clamp_min cos cosh elu erf erfc exp exp2
-    expm1 gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log log10 log1p log2
-    log_sigmoid logit mish pow prelu reciprocal relu relu6 rsqrt selu sigmoid silu sin sinh
-    softplus softshrink sqrt square tan tanh threshold
+    abs acos asin asinh atan atan2 celu clamp clamp_max clamp_min cos cosh elu erf erfc erfinv
+    exp exp2 expm1 gelu hardshrink hardsigmoid hardswish hardtanh hypot leaky_relu log log10
+    log1p log2 log_sigmoid logit mish pow prelu reciprocal relu relu6 rrelu rsqrt selu sigmoid
+    silu sin sinh softplus softshrink sqrt square tan tanh threshold
 """.split()
 
 SOFTMAX = ["softmax", "_softmax", "log_softmax", "_log_softmax"]
@@ -118,6 +130,7 @@ NORMS = ["layer_norm", "group_norm", "instance_norm", "rms_norm"]
 
 REDUCTIONS = """
     var std var_mean std_mean linalg_vector_norm norm logsumexp prod cumprod logcumsumexp
+    cdist _cdist_forward linalg_inv linalg_inv_ex linalg_matrix_exp
 """.split()
 
 SELECTIONS = """
@@ -163,6 +176,7 @@ _KINDS: dict[Any, Kind] = {
     **dict.fromkeys(_packets(VIEWS), Kind.LINEAR),
     **dict.fromkeys(_packets(CASTS), Kind.LINEAR),
     **dict.fromkeys(_packets(LINEAR), Kind.LINEAR),
+    **dict.fromkeys(_packets(list(PARTLY_LINEAR)), Kind.LINEAR),
     **dict.fromkeys(_PRODUCTS, Kind.PRODUCT),
     **dict.fromkeys(_packets(["div"]), Kind.QUOTIENT),
     **dict.fromkeys(_packets(ACTIVATIONS), Kind.ACTIVATION),
@@ -173,6 +187,7 @@ _KINDS: dict[Any, Kind] = {
     **dict.fromkeys(_packets(SELECTIONS), Kind.SELECTION),
     **dict.fromkeys(_packets(ELEMENTWISE_SELECTIONS), Kind.SELECTION),
 }
+_PARTLY_LINEAR = {getattr(aten, name): linear for name, linear in PARTLY_LINEAR.items()}
 _SUMS = _packets(SUMS)
 _SHAPE_ONLY = _packets(SHAPE_ONLY)
 SHAPE_LENT = {"expand_as": 1, "view_as": 1, "reshape_as": 1, "type_as": 1, "copy": 0}
@@ -290,6 +305,15 @@ def explained_factors(node: fx.Node, explained: Set[fx.Node]) -> list[fx.Node]:
     return [leaf for p in positions for leaf in leaves(node.args[p]) if leaf in explained]
 
 
+def _is_linear_in(node: fx.Node, explained: Set[fx.Node]) -> bool:
+    """Whether a linear op is linear in what is explained: for some that depends on where."""
+    linear = _PARTLY_LINEAR.get(packet(node.target))
+    if linear is None:
+        return True
+    others = [arg for i, arg in enumerate(node.args) if i not in linear]
+    return not any(leaf in explained for leaf in leaves((others, node.kwargs)))
+
+
 def kind_of(node: fx.Node, explained: Set[fx.Node]) -> Kind:
     """The kind of a node, given which of its inputs are explained.
 
@@ -300,6 +324,8 @@ def kind_of(node: fx.Node, explained: Set[fx.Node]) -> Kind:
     base = node.meta.get("kind") or _KINDS.get(packet(node.target), Kind.UNKNOWN)
     count = sum(leaf in explained for leaf in leaves((node.args, node.kwargs)))
     match base:
+        case Kind.LINEAR if not _is_linear_in(node, explained):
+            return Kind.REDUCTION
         case Kind.PRODUCT if len(explained_factors(node, explained)) <= 1:
             return Kind.LINEAR
         case Kind.QUOTIENT:
@@ -310,7 +336,7 @@ def kind_of(node: fx.Node, explained: Set[fx.Node]) -> Kind:
         case Kind.SELECTION if count == 1 and _selects_elements(node.target):
             return Kind.ACTIVATION
         case Kind.ACTIVATION if count > 1:
-            return Kind.UNKNOWN
+            return Kind.REDUCTION
     if node.target is operator.getitem:
         return Kind.LINEAR
     return base

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401 registers the grouped product
 from references import Function, rewrite
 from torch import Tensor, fx
@@ -17,7 +18,10 @@ from attnlrp_fx.operators import Kind, aten, is_op, is_shape_only, kind_of, pack
 from attnlrp_fx.passes import PassContext, mark_sources
 
 KINDS = {
-    Kind.LINEAR: operators.VIEWS + operators.CASTS + operators.LINEAR,
+    Kind.LINEAR: [
+        *(operators.VIEWS + operators.CASTS + operators.LINEAR),
+        *operators.PARTLY_LINEAR,
+    ],
     Kind.PRODUCT: list(operators.PRODUCTS),
     Kind.ACTIVATION: operators.ACTIVATIONS,
     Kind.SOFTMAX: operators.SOFTMAX,
@@ -56,6 +60,7 @@ def test_every_norm_has_a_pullback() -> None:
 INDEX = torch.tensor([2, 0, 1])
 ROWS = torch.tensor([[0, 1, 1], [2, 0, 2]])
 MASK = torch.tensor([[True, False, True, False]] * 3)
+TABLE = torch.rand(3, 3, dtype=DOUBLE) + 1
 SIXTEEN = torch.arange(8.0, dtype=DOUBLE).view(2, 4)
 
 Sample = Callable[[Tensor], Any]
@@ -187,6 +192,13 @@ LINEAR: dict[str, tuple[tuple[int, ...], Sample]] = {
     ),
     "grid_sampler": ((1, 2, 3, 3), lambda x: aten.grid_sampler(x, _grid(), 0, 0, False)),
     "grid_sampler_2d": ((1, 2, 3, 3), lambda x: aten.grid_sampler_2d(x, _grid(), 0, 1, False)),
+    "grid_sampler_3d": (
+        (1, 2, 3, 3, 3),
+        lambda x: aten.grid_sampler_3d(x, randn(1, 2, 2, 2, 3) / 2, 0, 0, False),
+    ),
+    "linalg_solve": ((3, 2), lambda x: aten.linalg_solve(TABLE.tril(), x)),
+    "_linalg_solve_ex": ((3, 2), lambda x: aten._linalg_solve_ex(TABLE.tril(), x)[0]),
+    "embedding": ((3, 2), lambda x: aten.embedding(x, ROWS)),
     "_native_batch_norm_legit_no_training": (
         (2, 3),
         lambda x: aten._native_batch_norm_legit_no_training(
@@ -279,6 +291,11 @@ PRODUCTS: dict[str, tuple[list[Tensor], Callable[..., Tensor]]] = {
         [randn(1, 2, 3, 3, 3), randn(2, 3, 2, 2, 2), randn(3)],
         lambda x, w, b: aten.conv_transpose3d(x, w, b, [1, 1, 1]),
     ),
+    "bilinear": ([randn(4, 2), randn(4, 3), randn(5, 2, 3), randn(5)], aten.bilinear),
+    "_trilinear": (
+        [randn(4, 2), randn(4, 2), randn(4, 2)],
+        lambda a, b, c: aten._trilinear(a, b, c, [], [], [], [1]),
+    ),
     "_grouped_mm": (
         [randn(5, 4).round(), randn(3, 4, 8).round()],
         lambda x, w: aten._grouped_mm(x.float(), w.float(), GROUPS).double(),
@@ -296,7 +313,7 @@ def test_every_product_is_sampled() -> None:
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_product(name: str) -> None:
-    """Linear in each factor alone, of degree two in both, and affine in each added term."""
+    """Linear in each factor, of a degree that is their number, and affine in each added term."""
     values, function = PRODUCTS[name]
     product = operators.PRODUCTS[name]
     factors = (0, 1) if name == "einsum" else product.factors
@@ -310,7 +327,7 @@ def test_product(name: str) -> None:
         _check_linear(alone, value, value.flip(-1) + 1)
     without = [torch.zeros_like(v) if i in product.terms else v for i, v in enumerate(values)]
     doubled = [2 * v if i in factors else v for i, v in enumerate(without)]
-    assert_close(function(*doubled), 4 * function(*without))
+    assert_close(function(*doubled), 2 ** len(factors) * function(*without))
     for position in factors:
         zeroed = [torch.zeros_like(v) if i == position else v for i, v in enumerate(without)]
         assert not function(*zeroed).any()
@@ -335,6 +352,8 @@ ELEMENTWISE: dict[str, Sample] = {
     "fmax": lambda x: aten.fmax(x, 0.4 * torch.ones_like(x)),
     "fmin": lambda x: aten.fmin(x, 0.4 * torch.ones_like(x)),
     "pow": lambda x: aten.pow(x, 1.7),
+    "atan2": lambda x: aten.atan2(x, TABLE),
+    "hypot": lambda x: aten.hypot(x, TABLE),
     "prelu": lambda x: aten.prelu(x, torch.tensor([0.3, 0.2, 0.1], dtype=DOUBLE)),
     "threshold": lambda x: aten.threshold(x, 0.4, 2.0),
 }
@@ -433,7 +452,7 @@ def _only(function: Callable[..., Tensor], **inputs: Tensor) -> tuple[fx.Node, s
     return last, explained_values(graph_module.graph)
 
 
-TABLE = torch.rand(3, 3, dtype=DOUBLE) + 1
+GRID = randn(1, 2, 2, 2) / 2
 A, B = randn(3, 3), randn(3, 3).exp()
 
 
@@ -451,15 +470,43 @@ A, B = randn(3, 3), randn(3, 3).exp()
         (lambda a: torch.maximum(a, TABLE), {"a": A}, Kind.ACTIVATION),
         (lambda a: torch.max(a, TABLE), {"a": A}, Kind.ACTIVATION),
         (lambda a: torch.max(a), {"a": A}, Kind.SELECTION),
-        (lambda a, b: torch.pow(b, a), {"a": A, "b": B}, Kind.UNKNOWN),
+        (lambda a, b: torch.pow(b, a), {"a": A, "b": B}, Kind.REDUCTION),
+        (lambda a, b: torch.hypot(a, b), {"a": A, "b": B}, Kind.REDUCTION),
+        (lambda a, b: torch.atan2(a, TABLE), {"a": A, "b": B}, Kind.ACTIVATION),
+        (lambda a, b: torch.cdist(a, b), {"a": A, "b": B}, Kind.REDUCTION),
+        (lambda a, b: F.bilinear(a, b, TABLE.expand(3, 3, 3)), {"a": A, "b": B}, Kind.PRODUCT),
+        (lambda a: F.bilinear(a, TABLE, TABLE.expand(3, 3, 3)), {"a": A}, Kind.LINEAR),
+        (lambda a: torch.linalg.solve(TABLE, a), {"a": A}, Kind.LINEAR),
+        (lambda b: torch.linalg.solve(b, TABLE), {"b": B}, Kind.REDUCTION),
+        (lambda a: F.grid_sample(a[None, None], GRID, align_corners=False), {"a": A}, Kind.LINEAR),
+        (
+            lambda a: F.grid_sample(GRID, GRID + a[0, 0], align_corners=False),
+            {"a": A},
+            Kind.REDUCTION,
+        ),
+        (
+            lambda a, b: F.grid_sample(a[None, None], GRID + b[0, 0], align_corners=False),
+            {"a": A, "b": B},
+            Kind.REDUCTION,
+        ),
+        (lambda a: F.embedding(ROWS, a), {"a": A}, Kind.LINEAR),
         (lambda a: a.max(1).values, {"a": A}, Kind.LINEAR),
-        (lambda a: torch.special.erfinv(a), {"a": A}, Kind.UNKNOWN),
+        (lambda a: torch.special.erfinv(a), {"a": A}, Kind.ACTIVATION),
+        (lambda a: torch.special.i0(a), {"a": A}, Kind.UNKNOWN),
     ],
 )
 def test_kind_of(function: Callable[..., Tensor], inputs: dict[str, Tensor], kind: Kind) -> None:
     """The kind depends on which of the inputs are explained. (2 / b is 1/b times a constant.)"""
     node, explained = _only(function, **inputs)
     assert kind_of(node, explained) is kind
+
+
+def test_batch_norm_of_an_explained_weight() -> None:
+    """Linear in what it normalises, in the bias and in the mean, all three together."""
+    norm, explained = _only(lambda a: F.batch_norm(A, a[0], TABLE[1], a[1], a[2]), a=A)
+    assert kind_of(norm.args[0], explained) is Kind.REDUCTION  # type: ignore[arg-type]
+    norm, explained = _only(lambda a: F.batch_norm(a, a[0], TABLE[1], TABLE[1], a[2]), a=A)
+    assert kind_of(norm.args[0], explained) is Kind.LINEAR  # type: ignore[arg-type]
 
 
 def test_rounded_division_is_constant() -> None:
