@@ -6,7 +6,9 @@ is decomposed by PyTorch's own decompositions; in-place ops and no-grad regions 
 are the model's own objects. What a transformers model needs to be captured (no cache, an attention
 implementation in plain ops) is set for the time of the capture and put back.
 
-Batch and length of every input are tried as dynamic; the capture says which ones stayed so.
+Batch and length of every input are tried as dynamic; the capture says which ones stayed so. Where a
+model branches on values of its inputs, those that may decide (sizes, then masks) are held at the
+example's values, and the capture says so.
 """
 
 import inspect
@@ -25,7 +27,11 @@ from torch.utils import _pytree as pytree
 
 from attnlrp_fx.errors import CaptureError, InputError
 from attnlrp_fx.functionalise import functional
+from attnlrp_fx.known import holding
 from attnlrp_fx.torch_private import unlike_symbols
+
+TOKENS = ("input_ids", "inputs")
+"""How the names of inputs end that hold tokens: never held at the example's values."""
 
 Inputs = Mapping[str, Any] | Tensor | tuple[Any, ...]
 
@@ -49,7 +55,7 @@ class Captured:
     example: dict[str, Tensor]
     """The example inputs that were captured, by placeholder: the argument's name, and its path."""
     constants: dict[str, Any] = field(default_factory=dict)
-    """Inputs that are not tensors; they are part of the graph."""
+    """Inputs that are part of the graph: no tensors, or held at the example's values."""
     notes: tuple[str, ...] = ()
     """What capture had to change or give up, for the report."""
 
@@ -96,22 +102,71 @@ def capture(
     named = bind(model, inputs)
     with ExitStack() as stack:
         notes = tuple(stack.enter_context(_capturable(model, named)))
-        example = _enlarged(named) if dynamic_shapes == "auto" else _distinct(named)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(unlike_symbols())
         own = stack.enter_context(_own_backwards())
-        if dynamic_shapes == "auto":
-            exported, fixed = _export_dynamic(model, example)
-            notes += fixed
-        else:
-            exported = _export(model, example, dynamic_shapes)
+        exported, example, held, given_up = _export_known(model, named, dynamic_shapes)
+        notes += given_up
         notes += tuple(
             f"'{name}' has a backward of its own: relevance follows the derivative of its forward"
             for name in own
         )
-        constants = {k: v for k, v in example.items() if not _has_tensors(v)}
+        constants = {k: v for k, v in example.items() if not _has_tensors(v)} | held
         return _captured(exported, pytree.tree_leaves(example), constants, notes)
+
+
+def _export_known(
+    model: nn.Module, named: dict[str, Any], dynamic_shapes: str | Mapping[str, Any] | None
+) -> tuple[ExportedProgram, dict[str, Any], dict[str, Tensor], tuple[str, ...]]:
+    """Export; where that fails, with inputs known that may decide the model's path.
+
+    Returns:
+        The program, the inputs that it takes, those that it holds, and notes on what that cost.
+
+    Raises:
+        CaptureError: it fails with all of them known, too. The failure with none is reported.
+    """
+    failures: list[CaptureError] = []
+    for held in _deciding(named):
+        given = {name: None if name in held else value for name, value in named.items()}
+        enlarge = dynamic_shapes == "auto" and not held
+        example = _enlarged(given) if enlarge else _distinct(given)
+        notes = tuple(
+            f"input '{name}' decides the model's path: it is held at the example's values"
+            for name in held
+        )
+        try:
+            with holding(model, held):
+                if dynamic_shapes == "auto":
+                    exported, fixed = _export_dynamic(model, example)
+                    return exported, example, held, notes + fixed
+                shapes: Any = dynamic_shapes
+                if isinstance(shapes, Mapping):
+                    shapes = {n: None if n in held else shape for n, shape in shapes.items()}
+                return _export(model, example, shapes), example, held, notes
+        except CaptureError as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def _deciding(named: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+    """Inputs to hold if need be, ever more: none, sizes, masks too, all integers but token ids.
+
+    Sizes are integers in another shape than tokens: the grid of an image, the lengths of its parts.
+    """
+    flags = (torch.int64, torch.int32, torch.bool)
+    integers = {n: v for n, v in named.items() if isinstance(v, Tensor) and v.dtype in flags}
+    tokens = {n: v for n, v in integers.items() if n.endswith(TOKENS)}
+    others = {n: v for n, v in integers.items() if n not in tokens}
+    masks = {n: v for n, v in others.items() if n.endswith("mask") or v.dtype == torch.bool}
+    shapes = {v.shape for v in tokens.values()}
+    sizes = {n: v for n, v in others.items() if n not in masks and v.shape not in shapes}
+    levels: list[dict[str, Tensor]] = [{}]
+    for level in (sizes, sizes | masks, others):
+        if level.keys() != levels[-1].keys():
+            levels.append(level)
+    return levels
 
 
 def _export_dynamic(

@@ -22,7 +22,7 @@ class InputChecks:
 
     Args:
         graph_module: a captured graph, before or after rewriting.
-        constants: inputs that were no tensors when the model was captured.
+        constants: inputs that were no tensors when the model was captured, or were held.
     """
 
     def __init__(self, graph_module: fx.GraphModule, constants: Mapping[str, Any]) -> None:
@@ -67,10 +67,11 @@ class InputChecks:
                     why=f"the model was compiled with: {', '.join(self.examples)}",
                     remedy="leave it out, or compile with it",
                 )
-            if inputs[name] != self.constants[name]:
+            if not _same(inputs[name], self.constants[name]):
                 raise InputError(
-                    f"input '{name}' was compiled as the constant {self.constants[name]!r}",
-                    remedy=f"compile again with {name}={inputs[name]!r}",
+                    f"input '{name}' was compiled as the constant {_short(self.constants[name])}",
+                    why="the model's path through its code depends on it",
+                    remedy=f"compile again with {name}={_short(inputs[name])}",
                 )
 
     def _converted(self, name: str, value: Any, device: torch.device) -> Tensor:
@@ -262,3 +263,16 @@ def find_non_finite(
         tape.run(*inputs.values())
         outputs = rewritten.graph.output_node().args[0]
         tape.reverse({outputs[i]: seed for i, seed in seeds.items()})  # type: ignore[index,misc]
+
+
+def _same(value: Any, constant: Any) -> bool:
+    """Whether an input is what the model was compiled with."""
+    if isinstance(value, Tensor) and isinstance(constant, Tensor):
+        return torch.equal(value.cpu(), constant.cpu())
+    return bool(type(value) is type(constant) and value == constant)
+
+
+def _short(value: Any) -> str:
+    """A value in one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -10,13 +10,14 @@
   share memory.
 - `size_assumptions`, `fails`: the branches that capture took by size; `torch.export` would check
   them at run time only in the calling convention that a rewritten graph no longer has.
+- `outside_of_tracing`: computing with real values while a model is traced.
 - `typical_size`: what a symbolic size would be, from its expression.
 
 `tests/test_torch_private.py` uses each of them, so that an upgrade fails loudly.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -25,6 +26,7 @@ import torch.fx.experimental._config as symbolic_shapes_config
 from torch import fx
 from torch._inductor import standalone_compile
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @contextmanager
@@ -32,6 +34,11 @@ def unlike_symbols() -> Iterator[None]:
     """Give every dynamic dimension a symbol of its own while a model is captured."""
     with symbolic_shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         yield
+
+
+def outside_of_tracing() -> AbstractContextManager[Any]:
+    """A context in which ops on real tensors are computed, not traced."""
+    return _disable_current_modes()
 
 
 def fake_mode_of(graph_module: fx.GraphModule) -> FakeTensorMode:

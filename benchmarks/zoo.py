@@ -261,11 +261,12 @@ def _other_sizes(
     }
 
     def fits(other: Inputs) -> bool:
-        return all(
+        tensors = {n: v for n, v in flat_inputs(other).items() if isinstance(v, Tensor)}
+        held = [name for name in tensors if name not in shapes]
+        return all(torch.equal(tensors[n], captured.constants[n]) for n in held) and all(
             not is_concrete_int(known) or int(known) == size
-            for name, value in flat_inputs(other).items()
-            if isinstance(value, Tensor)
-            for known, size in zip(shapes[name], value.shape, strict=True)
+            for name, shape in shapes.items()
+            for known, size in zip(shape, tensors[name].shape, strict=True)
         )
 
     batch = fits(arch.inputs(model, OTHER_BATCH, LENGTH))

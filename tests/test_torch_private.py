@@ -44,6 +44,7 @@ def test_every_function_is_tested() -> None:
         "fake_mode_of",
         "fresh",
         "new_fake_mode",
+        "outside_of_tracing",
         "size_assumptions",
         "storage_of",
         "fails",
@@ -68,6 +69,21 @@ def test_capture_keeps_symbols_apart() -> None:
     batch, width, height, columns = _symbols(_captured(SAME))
     assert width == height
     assert len({batch, width, columns}) == 3
+
+
+def test_outside_of_tracing() -> None:
+    """What is computed there is neither fake nor traced; behind it, tracing goes on."""
+
+    def function(x: Tensor) -> Tensor:
+        with torch_private.outside_of_tracing():
+            real = torch.arange(3) * 2
+        assert not isinstance(real, FakeTensor)
+        assert real.tolist() == [0, 2, 4]
+        return x + 1
+
+    graph = torch.fx.experimental.proxy_tensor.make_fx(function, tracing_mode="fake")(torch.ones(2))
+    calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert calls == [torch.ops.aten.add.Tensor]
 
 
 def test_fake_mode_of() -> None:
