@@ -305,6 +305,7 @@ class Explanation:
     def _is_tokens(self, name: str) -> bool:
         given = self.inputs.get(name)
         indexes = given is not None and not given.is_floating_point()
+        indexes = indexes and given.dim() == 2 and given.shape[0] == len(self)  # type: ignore[union-attr]
         return indexes or name in (self.tokens or {}) or name in (self.mask or {})
 
     def _has_rows(self, relevance: Tensor) -> bool:

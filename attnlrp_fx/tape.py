@@ -18,7 +18,7 @@ from attnlrp_fx import ops
 from attnlrp_fx.ledger import node_sums
 from attnlrp_fx.operators import is_op, leaves, product_of
 from attnlrp_fx.pullbacks import PULLBACKS, Call, Pullback
-from attnlrp_fx.tokens import MOVES, carry
+from attnlrp_fx.tokens import FILLS, MOVES, carry
 
 Watch = Callable[[fx.Node, str, Any], None]
 Annotate = Callable[[fx.Node, str], AbstractContextManager[Any]]
@@ -222,7 +222,7 @@ class Tape(fx.Interpreter):
         moved = list(carry(node, received, self.env))
         for leaf, carried in moved:
             _add(relevance, leaf, carried)
-        if audit and is_op(node, *MOVES):
+        if audit and is_op(node, *MOVES, *FILLS):
             total = received.sum(dtype=torch.float64)
             passed = sum((part.sum(dtype=torch.float64) for _, part in moved), start=0 * total)
             reading.sums[node.name] = torch.stack([total, passed, total - passed])

@@ -2,17 +2,19 @@
 
 Integer inputs have no relevance of their own: the explained value is what they look up in a table
 (an embedding), and its relevance, summed over features, belongs to the index. On the way from the
-input to the look-up, indices may be reshaped, cast, sliced, shifted into place or padded; each of
-those ops moves or drops an index and never mixes two, so relevance goes back by the same moves.
+input to the look-up, indices may be reshaped, cast, sliced, shifted into place, padded, repeated or
+offset by constants; each of those ops moves or drops an index and never mixes two, so relevance
+goes back by the same moves.
 """
 
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from attnlrp_fx.operators import is_op, is_structural
+from attnlrp_fx.operators import is_op, is_structural, value_inputs
 
 MOVES = [
     "cat",
@@ -22,8 +24,15 @@ MOVES = [
     "flip",
     "roll",
     "repeat",
+    "repeat_interleave",
+    "tile",
+    "pad",
+    "constant_pad_nd",
     "copy",
 ]
+FILLS = ["where", "masked_fill", "index_put"]
+"""Ops that put indices of the model's own among the moved ones."""
+OFFSETS = ["add", "sub"]
 SHIFTS = ["add", "sub", "clamp", "clamp_min", "clamp_max"]
 """Ops that change an index by a constant and leave it in its place."""
 
@@ -53,8 +62,13 @@ def origin(indices: fx.Node) -> fx.Node | None:
 
 def moved_inputs(node: fx.Node) -> list[fx.Node]:
     """The integer tensors whose elements a node moves to its output."""
-    if is_structural(node) or is_op(node, *SHIFTS):
-        candidates: list[Any] = [node.args[0]]
+    candidates: list[Any]
+    if node.target is operator.getitem:
+        return moved_inputs(node.args[0]) if is_structural(node.args[0]) else []  # type: ignore[arg-type]
+    if is_op(node, *OFFSETS) and all(_is_tensor(arg) for arg in node.args[:2]):
+        candidates = _offset(node)
+    elif is_structural(node) or is_op(node, *SHIFTS, "repeat_interleave"):
+        candidates = [node.args[0]]
         if is_op(node, *SHIFTS) and any(_is_tensor(arg) for arg in node.args[1:]):
             return []
     elif is_op(node, "where"):
@@ -73,6 +87,25 @@ def moved_inputs(node: fx.Node) -> list[fx.Node]:
     return [leaf for leaf in candidates if _is_tensor(leaf) and not _is_floating(leaf)]
 
 
+def _offset(node: fx.Node) -> list[Any]:
+    """The term of a sum or difference that is no constant, if only one is."""
+    terms = [arg for arg in node.args[:2] if not _is_constant(arg)]
+    return terms if len(terms) == 1 and (is_op(node, "add") or terms[0] is node.args[0]) else []
+
+
+def _is_constant(node: Any) -> bool:
+    """Whether a tensor is the same whatever the inputs hold; their sizes may count."""
+    stack, seen = [node], {node}
+    while stack:
+        leaf = stack.pop()
+        if leaf.op == "placeholder":
+            return False
+        if not is_op(leaf, "sym_size", "sym_numel"):
+            stack.extend(new := set(value_inputs(leaf)) - seen)
+            seen |= new
+    return True
+
+
 def carry(
     node: fx.Node, relevance: Tensor, env: Mapping[fx.Node, Any]
 ) -> Iterator[tuple[fx.Node, Tensor]]:
@@ -88,8 +121,10 @@ def carry(
     """
     inputs = [leaf for leaf in moved_inputs(node) if origin(leaf) is not None]
     if is_op(node, *SHIFTS, "_to_copy", "to", "type_as"):
-        yield inputs[0], relevance
+        yield inputs[0], relevance.sum_to_size(env[inputs[0]].shape)
         return
+    call = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(call, fx.Node)
 
     def move(*values: Tensor) -> Tensor:
         given = dict(zip(inputs, values, strict=True))
@@ -100,9 +135,9 @@ def carry(
             moves_it = leaf in moved_inputs(node)
             return found.to(relevance.dtype) if is_index and moves_it else found
 
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-        moved: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
-        return moved
+        args, kwargs = fx.node.map_arg((call.args, call.kwargs), value)
+        moved = call.target(*args, **kwargs)  # type: ignore[operator]
+        return moved if call is node else moved[node.args[1]]  # type: ignore[no-any-return]
 
     shadows = [env[leaf].to(relevance.dtype) for leaf in inputs]
     pull = torch.func.vjp(move, *shadows)[1]

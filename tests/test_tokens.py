@@ -93,6 +93,12 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "masked_fill": lambda ids: ids.masked_fill(torch.arange(ids.shape[1]) < 2, 5),
     "masked in place": _masked_in_place,
     "clamp": lambda ids: ids.clamp(min=0),
+    "interleaved": lambda ids: ids.repeat_interleave(3, 0).view(-1, 3 * ids.shape[1]),
+    "tiled": lambda ids: ids.tile(1, 2),
+    "padded": lambda ids: nn.functional.pad(ids, (1, 2), value=4),
+    "split": lambda ids: torch.cat(ids.split(2, 1)[1:], 1),
+    "one chunk": lambda ids: ids.chunk(2, 1)[1],
+    "unbound": lambda ids: torch.stack(ids.unbind(1)[::-1], 1),
 }
 
 
@@ -128,6 +134,24 @@ def test_shift_of_the_vocabulary() -> None:
     assert_close(relevance["ids"], scores[IDS + 3])
 
 
+def test_offset_of_each_codebook() -> None:
+    """A constant tensor is added: each column has a part of the table of its own."""
+    offsets = 2 * torch.arange(IDS.shape[1])
+    model = Lookup(lambda ids: 2 * torch.arange(ids.shape[1]) + ids).eval()
+    relevance = _relevance(rewrite(model, {"ids": IDS[:2]}), {"ids": IDS})
+    scores = (model.table.weight @ model.output.weight[0]).detach()
+    assert_close(relevance["ids"], scores[IDS + offsets])
+
+
+def test_offsets_that_repeat_the_indices() -> None:
+    """Every index is looked up at each of two offsets; what both say adds up."""
+    offsets = torch.tensor([0, 3])[:, None, None]
+    model = Lookup(lambda ids: (ids - offsets + 3).transpose(0, 1)).eval()
+    relevance = _relevance(rewrite(model, {"ids": IDS[:2]}), {"ids": IDS})
+    scores = (model.table.weight @ model.output.weight[0]).detach()
+    assert_close(relevance["ids"], scores[IDS + 3] + scores[IDS])
+
+
 TABLE = torch.randn(ROWS, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
@@ -157,6 +181,48 @@ class Parameter(nn.Module):
 def test_lookups(read: Callable[[Tensor, Tensor], Tensor]) -> None:
     rewritten = rewrite(Parameter(read), {"ids": IDS[:2]})
     assert_close(_relevance(rewritten, {"ids": IDS})["ids"], TABLE[:, 0][IDS])
+
+
+class Pairs(nn.Module):
+    """Patches at (row, column): each coordinate looks up a table of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.stack([TABLE, TABLE.flip(0)]))
+
+    def forward(self, patches: Tensor, places: Tensor) -> Tensor:
+        """(batch, length, 3) and (batch, length, 2) → (batch, 3)."""
+        columns = nn.functional.embedding(places[..., 0], self.table[0])
+        rows = nn.functional.embedding(places[..., 1], self.table[1])
+        return (patches + columns + rows).sum(1)
+
+
+def test_indices_of_any_shape_have_relevance_of_theirs() -> None:
+    """Indices that are no rows of tokens are explained like any other input, in their shape."""
+    places = torch.stack([IDS, IDS + 1], -1)
+    inputs = {"patches": torch.randn(3, 5, 3, dtype=torch.float64), "places": places}
+    explanation = attnlrp_fx.compile(Pairs().eval(), inputs, backend="eager", target=0)(inputs)
+    expected = torch.stack([TABLE[:, 0][IDS], TABLE.flip(0)[:, 0][IDS + 1]], -1)
+    assert_close(explanation.relevance["places"], expected)
+    assert "places" in repr(explanation)
+
+
+def test_tokens_of_another_number_of_rows() -> None:
+    """A model may give several rows of outputs for each row of tokens."""
+    model = Lookup(lambda ids: ids.repeat_interleave(2, 0)).eval()
+    explanation = attnlrp_fx.compile(model, {"ids": IDS[:2]}, backend="eager", target=0)(ids=IDS)
+    assert len(explanation) == 6
+    assert_close(explanation.relevance["ids"], 2 * Lookup(lambda ids: ids).expected(IDS))
+
+
+@pytest.mark.parametrize("name", ["masked in place", "masked_fill", "where", "shifted right"])
+def test_the_ledger_knows_what_the_models_own_indices_keep(name: str) -> None:
+    explainer = attnlrp_fx.compile(
+        Lookup(MOVES[name]).eval(), {"ids": IDS[:2]}, backend="eager", target=0, audit=True
+    )
+    ledger = explainer(ids=IDS).ledger
+    assert ledger is not None
+    assert abs(ledger.residual) < 1e-12 * max(1, abs(ledger.target))
 
 
 class TwoTables(nn.Module):
@@ -225,6 +291,12 @@ def test_only_what_is_asked_for() -> None:
         (lambda ids, mask: ids * 2, None),
         (lambda ids, mask: ids + ids, None),
         (lambda ids, mask: ids + mask, None),
+        (lambda ids, mask: ids + torch.arange(4), "ids"),
+        (lambda ids, mask: torch.arange(4) - ids + 9, None),
+        (lambda ids, mask: ids + torch.zeros_like(ids).copy_(mask), None),
+        (lambda ids, mask: ids.repeat_interleave(2, 1), "ids"),
+        (lambda ids, mask: ids.split(2, 1)[1], "ids"),
+        (lambda ids, mask: ids.sort(1).values, None),
         (lambda ids, mask: ids.cumsum(1), None),
         (lambda ids, mask: mask.long(), "mask"),
         (lambda ids, mask: torch.cat([ids, mask.long()], 1), None),
