@@ -10,18 +10,20 @@ Every size is computed once, from the inputs' sizes, so that no value is kept fo
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from attnlrp_fx.errors import RuleError
+from attnlrp_fx.errors import AttnLRPError, RuleError
 from attnlrp_fx.functionalise import relax_views
 from attnlrp_fx.operators import aten, is_op
 from attnlrp_fx.partition import SEED, split
+from attnlrp_fx.provenance import describe
 from attnlrp_fx.tape import Tape
 from attnlrp_fx.torch_private import fake_mode_of
 
@@ -77,12 +79,17 @@ def emit(
     mode = fake_mode_of(rewritten)
     explained: list[str] = []
     audited: list[str] = []
+    traced_last: list[tuple[fx.Node, str]] = []
+
+    def annotate(node: fx.Node, phase: str) -> AbstractContextManager[None]:
+        traced_last[:] = [(node, phase)]
+        return _annotate(node, phase)
 
     def program(
         attributes: dict[str, Tensor], inputs: list[Tensor], seeds: list[Tensor]
     ) -> list[Any]:
         moved = device if device != captured_device else None
-        tape = Tape(rewritten, attributes, moved, _annotate)
+        tape = Tape(rewritten, attributes, moved, annotate)
         results = tape.run(*inputs)
         read = tape.reverse(
             {outputs[i]: seed for i, seed in zip(seeded, seeds, strict=True)}, audit=audit
@@ -99,8 +106,13 @@ def emit(
         }
         fake_inputs = [_on(node.meta["val"], device) for node in placeholders]
         seeds = [_on(outputs[i].meta["val"], device) for i in seeded]
-        with torch.fx.traceback.preserve_node_meta():
-            traced = make_fx(program, tracing_mode="symbolic")(fakes, fake_inputs, seeds)
+        try:
+            with torch.fx.traceback.preserve_node_meta():
+                traced = make_fx(program, tracing_mode="symbolic")(fakes, fake_inputs, seeds)
+        except AttnLRPError:
+            raise
+        except Exception as error:
+            raise _untraceable(error, *traced_last[0]) from error
     names = [str(node.target) for node in placeholders]
     _name_inputs(traced, [*attributes, *names, *(f"{SEED}{i}" for i in seeded)])
     _clean(traced)
@@ -117,6 +129,20 @@ def emit(
         forward=forward,
         relevance=relevance,
         device=device,
+    )
+
+
+def _untraceable(error: Exception, node: fx.Node, phase: str) -> RuleError:
+    """What PyTorch says about a node that it cannot trace, as an error of ours."""
+    by_value = isinstance(error, GuardOnDataDependentSymNode)
+    why = next(iter(str(error).strip().splitlines()), "")
+    return RuleError(
+        f"the {phase} program of this op could not be traced",
+        where=describe(node),
+        why=f"{type(error).__name__}: {why}",
+        remedy="let the model compute the size from shapes or numbers, not from what a tensor holds"
+        if by_value
+        else "report this with the op; a pass can lower it to other ops",
     )
 
 
@@ -162,6 +188,9 @@ def _functionalise(graph: fx.Graph) -> None:
     Derivatives and decompositions of PyTorch's fill their own temporaries in place. One whose
     target is a view, or has views, is left for `_check_pure` to refuse.
     """
+    for node in list(graph.nodes):
+        if is_op(node, "copy_"):
+            _scatter(graph, node)
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         if not _is_mutable(node):
@@ -179,6 +208,28 @@ def _functionalise(graph: fx.Graph) -> None:
                 user.replace_input_with(target, new)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+        order[new] = order[node]
+
+
+def _scatter(graph: fx.Graph, copy: fx.Node) -> None:
+    """Replace a write into a slice of a temporary, the only view of it, by a slice_scatter."""
+    part, source = copy.args[:2]
+    assert isinstance(part, fx.Node)
+    if not is_op(part, "slice") or set(part.users) != {copy} or copy.users:
+        return
+    whole, *where = part.args
+    assert isinstance(whole, fx.Node)
+    if _is_view(whole) or any(_is_view(user) for user in whole.users if user is not part):
+        return
+    with graph.inserting_after(copy):
+        new = graph.call_function(aten.slice_scatter.default, (whole, source, *where))
+    new.meta = {**copy.meta, "val": whole.meta["val"]}
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for user in list(whole.users):
+        if order[user] > order[new]:
+            user.replace_input_with(whole, new)
+    graph.erase_node(copy)
+    graph.erase_node(part)
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -1,5 +1,6 @@
 """The traced program: plain ATen, under the model's names, its sizes read off the inputs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -97,6 +98,69 @@ def test_in_place_ops_on_temporaries_become_functional() -> None:
     codegen._check_pure(traced)
     x = torch.randn(3)
     torch.testing.assert_close(traced(x), program(x), rtol=0, atol=0)
+
+
+def test_writing_into_a_slice_of_a_temporary_becomes_a_scatter() -> None:
+    """The derivative of a real Fourier transform pads what it gets with zeros, in place."""
+
+    def program(x: Tensor) -> Tensor:
+        base = x.new_zeros(2, 6)
+        base[:, 1:4].copy_(x)
+        return base + 1
+
+    traced = make_fx(program)(torch.randn(2, 3))
+    codegen._functionalise(traced.graph)
+    traced.recompile()
+    codegen._check_pure(traced)
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(traced(x), program(x), rtol=0, atol=0)
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x.cumprod(1), lambda x: torch.fft.rfft(x).abs()],
+    ids=["cumprod", "rfft"],
+)
+def test_derivatives_that_fill_temporaries(function: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, dtype=torch.float64)
+    explainer = attnlrp_fx.compile(
+        Function(function).eval(), x, backend="eager", composite="gradient", target=1
+    )
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(leaf)[:, 1].sum(), leaf)
+    torch.testing.assert_close(explainer(x).relevance["x"], x * gradient)
+
+
+@torch.library.custom_op("attnlrp_fx_tests::undifferentiable", mutates_args=())
+def undifferentiable(x: Tensor) -> Tensor:
+    return x.sin()
+
+
+@undifferentiable.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_what_cannot_be_traced_says_where() -> None:
+    """Here an op of another library without a derivative."""
+    model = Function(lambda x: undifferentiable(x) * 2).eval()
+    with pytest.raises(RuleError, match="could not be traced") as caught:
+        attnlrp_fx.compile(model, torch.randn(2, 3), backend="eager", fallback="gradient")
+    assert "undifferentiable" in caught.value.where
+    assert "test_codegen.py" in caught.value.where
+    assert "RuntimeError: " in caught.value.why
+    assert "\n" not in caught.value.why
+    assert caught.value.remedy
 
 
 def test_writing_into_a_view_is_refused() -> None:
