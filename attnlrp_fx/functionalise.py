@@ -18,8 +18,10 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram, default_decompositions
 
 from attnlrp_fx.mutations import drop_mutations, is_mutable
-from attnlrp_fx.operators import aten, is_known, is_op
+from attnlrp_fx.operators import aten, is_known, is_op, packet
 
+KEPT = (aten.linspace, aten.logspace)
+"""Ops that make constants, whose decompositions round otherwise than their kernels do."""
 LOOKUPS = ("embedding", "index", "index_select")
 
 
@@ -37,7 +39,7 @@ def functional(exported: ExportedProgram) -> fx.GraphModule:
         if not drop_mutations(graph_module) or needs_decomposition(graph_module):
             table = default_decompositions()
             for op in list(table):
-                if is_known(op):
+                if is_known(op) or packet(op) in KEPT:
                     del table[op]
             graph_module = exported.run_decompositions(table).module(check_guards=False)
             assert isinstance(graph_module, fx.GraphModule)

@@ -71,6 +71,21 @@ class Counts(nn.Module):
         return y * torch.histc(counted, bins=4, min=0, max=3)
 
 
+class Positions(nn.Module):
+    """Places between -1 and 1, next to an op that must be decomposed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.glu(x) + torch.linspace(-1, 1, 7, dtype=torch.float32)
+
+
+def test_constants_are_made_by_the_models_own_kernels() -> None:
+    """Decomposed, a linspace is rounded otherwise."""
+    x = torch.randn(2, 14, dtype=torch.float64)
+    exported = export(Positions(), (x,))
+    assert needs_decomposition(exported.module(check_guards=False))
+    torch.testing.assert_close(functional(exported)(x), Positions()(x), rtol=0, atol=0)
+
+
 def test_counts_of_integers_run_on_the_cpu() -> None:
     """Compiled on a device that counts integers, given its values on the CPU, which does not."""
     x, expected = torch.randn(7, 4), Counts().eval()
