@@ -10,6 +10,7 @@ from attnlrp_fx.passes.assign_rules import assign_rules
 from attnlrp_fx.passes.base import Pass, PassContext, PassResult
 from attnlrp_fx.passes.drop_assertions import drop_assertions
 from attnlrp_fx.passes.drop_identities import drop_identities
+from attnlrp_fx.passes.lower_bags import lower_bags
 from attnlrp_fx.passes.lower_copies import lower_copies
 from attnlrp_fx.passes.lower_pools import lower_pools
 from attnlrp_fx.passes.mark_positions import mark_positions
@@ -21,7 +22,13 @@ from attnlrp_fx.passes.raise_norms import raise_norms
 from attnlrp_fx.passes.raise_routing import raise_routing
 from attnlrp_fx.passes.raise_scans import raise_scans
 
-NORMALISE: tuple[Pass, ...] = (drop_assertions, lower_copies, lower_pools, drop_identities)
+NORMALISE: tuple[Pass, ...] = (
+    drop_assertions,
+    lower_bags,
+    lower_copies,
+    lower_pools,
+    drop_identities,
+)
 """Passes that leave the graph's meaning unchanged."""
 
 RAISE: tuple[Pass, ...] = (
@@ -80,6 +87,7 @@ __all__ = [
     "assign_rules",
     "drop_assertions",
     "drop_identities",
+    "lower_bags",
     "lower_copies",
     "lower_pools",
     "mark_positions",
