@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, is_concrete_int
 from torch.utils import _pytree as pytree
 
 from attnlrp_fx.errors import CaptureError, InputError
@@ -119,15 +119,16 @@ def capture(
 def _export_known(
     model: nn.Module, named: dict[str, Any], dynamic_shapes: str | Mapping[str, Any] | None
 ) -> tuple[ExportedProgram, dict[str, Any], dict[str, Tensor], tuple[str, ...]]:
-    """Export; where that fails, with inputs known that may decide the model's path.
+    """Export; where that fails or sizes are read off values, with inputs known that may decide.
 
     Returns:
         The program, the inputs that it takes, those that it holds, and notes on what that cost.
 
     Raises:
-        CaptureError: it fails with all of them known, too. The failure with none is reported.
+        CaptureError: it fails with all of them known, too. The failure with none known is reported.
     """
     failures: list[CaptureError] = []
+    found: list[tuple[ExportedProgram, dict[str, Any], dict[str, Tensor], tuple[str, ...]]] = []
     for held in _deciding(named):
         given = {name: None if name in held else value for name, value in named.items()}
         enlarge = dynamic_shapes == "auto" and not held
@@ -137,17 +138,32 @@ def _export_known(
             for name in held
         )
         try:
-            with holding(model, held):
-                if dynamic_shapes == "auto":
-                    exported, fixed = _export_dynamic(model, example)
-                    return exported, example, held, notes + fixed
+            if dynamic_shapes == "auto":
+                exported, fixed = _export_dynamic(model, example, held)
+                notes += fixed
+            else:
                 shapes: Any = dynamic_shapes
                 if isinstance(shapes, Mapping):
                     shapes = {n: None if n in held else shape for n, shape in shapes.items()}
-                return _export(model, example, shapes), example, held, notes
+                exported = _export(model, example, shapes, held)
+            found.append((exported, example, held, notes))
         except CaptureError as error:
             failures.append(error)
-    raise failures[0]
+            continue
+        if not _has_sizes_from_values(exported):
+            return found[-1]
+    if not found:
+        raise failures[0]
+    return found[0]
+
+
+def _has_sizes_from_values(exported: ExportedProgram) -> bool:
+    """Whether a floating value has a size that was read off a tensor: relevance can get stuck."""
+    return any(
+        value.is_floating_point() and free_unbacked_symbols(value)
+        for node in exported.graph.nodes
+        if isinstance(value := node.meta.get("val"), Tensor)
+    )
 
 
 def _deciding(named: Mapping[str, Any]) -> list[dict[str, Tensor]]:
@@ -170,7 +186,7 @@ def _deciding(named: Mapping[str, Any]) -> list[dict[str, Tensor]]:
 
 
 def _export_dynamic(
-    model: nn.Module, example: dict[str, Any]
+    model: nn.Module, example: dict[str, Any], held: Mapping[str, Tensor]
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     """Export with every dimension dynamic; where that fails, with the batch alone, then with none.
 
@@ -181,23 +197,26 @@ def _export_dynamic(
         CaptureError: it fails without dynamic dimensions, too: that is the failure to report.
     """
     try:
-        return _export(model, example, _auto_shapes(example)), ()
+        return _export(model, example, _auto_shapes(example), held), ()
     except CaptureError as error:
         why = error.why
     try:
-        exported, left = _export(model, example, _auto_shapes(example, (0,))), "all but the batch"
+        shapes, left = _auto_shapes(example, (0,)), "all but the batch"
+        exported = _export(model, example, shapes, held)
     except CaptureError:
-        exported, left = _export(model, example, None), "every size"
+        exported, left = _export(model, example, None, held), "every size"
     return exported, (f"{left} is fixed: it could not be captured as dynamic ({why})",)
 
 
-def _export(model: nn.Module, example: dict[str, Any], shapes: Any) -> ExportedProgram:
+def _export(
+    model: nn.Module, example: dict[str, Any], shapes: Any, held: Mapping[str, Tensor]
+) -> ExportedProgram:
     if isinstance(shapes, Mapping):
         shapes = _by_parameter(model, shapes)
     try:
         # Within no_grad, a region of the model's own without gradients has no mark. Of a failure,
         # torch.export prints the graph so far, thousands of lines.
-        with torch.enable_grad(), redirect_stderr(io.StringIO()):
+        with torch.enable_grad(), redirect_stderr(io.StringIO()), holding(model, held):
             return torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise _capture_error(model, error) from error
