@@ -13,6 +13,7 @@ from attnlrp_fx.passes.drop_identities import drop_identities
 from attnlrp_fx.passes.lower_bags import lower_bags
 from attnlrp_fx.passes.lower_copies import lower_copies
 from attnlrp_fx.passes.lower_pools import lower_pools
+from attnlrp_fx.passes.lower_rrelu import lower_rrelu
 from attnlrp_fx.passes.mark_positions import mark_positions
 from attnlrp_fx.passes.mark_sources import mark_sources
 from attnlrp_fx.passes.promote_casts import promote_casts
@@ -27,6 +28,7 @@ NORMALISE: tuple[Pass, ...] = (
     lower_bags,
     lower_copies,
     lower_pools,
+    lower_rrelu,
     drop_identities,
 )
 """Passes that leave the graph's meaning unchanged."""
@@ -90,6 +92,7 @@ __all__ = [
     "lower_bags",
     "lower_copies",
     "lower_pools",
+    "lower_rrelu",
     "mark_positions",
     "mark_sources",
     "promote_casts",

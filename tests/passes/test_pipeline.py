@@ -55,7 +55,7 @@ class Inner(nn.Module):
         y = ((q @ k.transpose(1, 2)) * 8**-0.5).softmax(-1) @ v
         y = x + aten.copy(torch.zeros_like(x), y) + F.adaptive_avg_pool1d(x, 1)
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)
-        gate = self.gate(y)
+        gate = self.gate(F.rrelu(y, training=self.training))
         weights = y.topk(2, -1).values
         y = y + (weights * self.up(y)[..., :2]).sum(-1, keepdim=True)
         decay = torch.sigmoid(y)
@@ -247,6 +247,7 @@ def test_pipeline_is_the_documented_tuple():
         "lower_bags",
         "lower_copies",
         "lower_pools",
+        "lower_rrelu",
         "drop_identities",
         "mark_sources",
         "mark_positions",
