@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from attnlrp_fx import ops
 from attnlrp_fx.ledger import node_sums
-from attnlrp_fx.operators import is_op, leaves, packet, product_of
+from attnlrp_fx.operators import is_op, leaves, product_of
 from attnlrp_fx.pullbacks import PULLBACKS, Call, Pullback
 from attnlrp_fx.tokens import FILLS, MOVES, carry
 
@@ -71,7 +71,6 @@ class Tape(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         with self.annotate(n, "forward"):
-            self._check_sizes(n)
             if n.target in PULLBACKS:
                 call = self._call(n)
                 output, self.pullbacks[n] = PULLBACKS[n.target](call)
@@ -79,15 +78,6 @@ class Tape(fx.Interpreter):
                 self.watch(n, "forward", output)
                 return output
             return super().run_node(n)
-
-    def _check_sizes(self, node: fx.Node) -> None:
-        """Tell a tracer what a resampling demands: sizes above 0, also those read from values."""
-        wrapped = node.meta.get("op", node.target)
-        if getattr(packet(wrapped), "__name__", "").lstrip("_").startswith("upsample"):
-            for leaf in leaves((node.args, node.kwargs)):
-                size = self.env[leaf]
-                if isinstance(size, torch.SymInt):
-                    torch._check(size > 0)  # type: ignore[no-untyped-call]
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self.attributes:

@@ -141,34 +141,6 @@ def test_derivatives_that_fill_temporaries(function: Callable[[Tensor], Tensor])
     torch.testing.assert_close(explainer(x).relevance["x"], x * gradient)
 
 
-class Resampled(nn.Module):
-    """An image is brought to the size that another input holds."""
-
-    def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
-        height, width = sizes.tolist()
-        torch._check(height > 0)
-        torch._check(width > 0)
-        torch._check(height * width <= 49)
-        resized = nn.functional.interpolate(
-            x, size=(height, width), mode="bilinear", align_corners=False, antialias=True
-        )
-        return resized.sum(-1).mean(2)
-
-
-def test_an_image_may_be_resampled_to_a_size_that_an_input_holds() -> None:
-    """The size is above 0, as the op demands; a tracer would ask."""
-    torch.manual_seed(0)
-    x, sizes = torch.randn(2, 3, 7, 7, dtype=torch.float64), torch.tensor([3, 4])
-    inputs = {"x": x, "sizes": sizes}
-    explainer = attnlrp_fx.compile(Resampled().eval(), inputs, backend="eager", target=1)
-    for height in (3, 6):
-        given = {"x": x, "sizes": torch.tensor([height, 4])}
-        explanation = explainer(given)
-        torch.testing.assert_close(explanation.outputs, Resampled()(**given))
-        total = explanation.relevance["x"].sum((1, 2, 3))
-        torch.testing.assert_close(total, explanation.target_value)
-
-
 @torch.library.custom_op("attnlrp_fx_tests::undifferentiable", mutates_args=())
 def undifferentiable(x: Tensor) -> Tensor:
     return x.sin()

@@ -80,6 +80,10 @@ def _clamp(low: float = -mp.inf, high: float = mp.inf) -> Real:
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 
 CASES: dict[str, Activation] = {
+    "atan2": Activation(lambda x: mpmath.atan2(x, 2), (torch.tensor(2.0),)),
+    "hypot": Activation(lambda x: mpmath.hypot(x, 2), (torch.tensor(2.0),)),
+    "erfinv": Activation(mpmath.erfinv, points=UNIT),
+    "rrelu": Activation(lambda x: x * (1 if x > 0 else mpf(11) / 48), kink=True),
     "abs": Activation(abs, kink=True),
     "acos": Activation(mp.acos, points=UNIT),
     "asin": Activation(mp.asin, points=UNIT),
