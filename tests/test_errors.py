@@ -111,7 +111,7 @@ class Distances(nn.Module):
         self.prototypes = nn.Parameter(torch.randn(4, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.linalg.matrix_exp(x[:, None] * x[..., None])[:, 0] @ self.prototypes.T
+        return torch.i0(x[:, None] * x[..., None])[:, 0] @ self.prototypes.T
 
 
 @torch.library.custom_op("attnlrp_fx_tests::doubled", mutates_args=())
@@ -134,7 +134,7 @@ class Custom(nn.Module):
         return doubled(x) + x
 
 
-UNKNOWN = [(Distances, "matrix_exp", "torch.linalg.matrix_exp"), (Custom, "doubled", "doubled(x)")]
+UNKNOWN = [(Distances, "i0", "torch.i0"), (Custom, "doubled", "doubled(x)")]
 
 
 @pytest.mark.parametrize(("build", "name", "line"), UNKNOWN)
