@@ -25,7 +25,6 @@ import json
 import multiprocessing
 import os
 import resource
-import signal
 import time
 import traceback
 import warnings
@@ -491,31 +490,43 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def run_one(name: str, limit: float, results: Path = RESULTS) -> Row:
-    """Examine one architecture in a process of its own."""
-    arch = zoo_models.architectures()[name]
-    path = results / f".zoo-{os.getpid()}-{name}.json"
-    process = multiprocessing.get_context("fork").Process(target=_worker, args=(name, str(path)))
-    start = time.perf_counter()
-    process.start()
-    process.join(limit)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        ending = f"took longer than {limit:.0f} s"
-    elif process.exitcode:
-        ending = f"ended by signal {signal.Signals(-process.exitcode).name}"
-    else:
+class _Run:
+    """One architecture being examined in a process of its own."""
+
+    def __init__(self, name: str, limit: float, results: Path) -> None:
+        self.arch = zoo_models.architectures()[name]
+        self.limit = limit
+        self.path = results / f".zoo-{os.getpid()}-{name}.json"
+        self.start = time.perf_counter()
+        context = multiprocessing.get_context("fork")
+        self.process = context.Process(target=_worker, args=(name, str(self.path)))
+        self.process.start()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def is_over(self) -> bool:
+        """Whether the process has ended, or had its time."""
+        return not self.process.is_alive() or self.seconds > self.limit
+
+    def row(self) -> Row:
+        """What was found out; ends the process if it still runs."""
         ending = ""
-    row = (
-        Row(**json.loads(path.read_text()))
-        if path.exists()
-        else Row(name, arch.kind, arch.class_name)
-    )
-    path.unlink(missing_ok=True)
-    if ending:
-        row.reason, row.seconds = ending, round(time.perf_counter() - start, 1)
-    return row
+        if self.process.is_alive():
+            self.process.kill()
+            ending = f"took longer than {self.limit:.0f} s"
+        self.process.join()
+        if not ending and self.process.exitcode:
+            ending = f"ended with exit code {self.process.exitcode}"
+        if self.path.exists():
+            row = Row(**json.loads(self.path.read_text()))
+        else:
+            row = Row(self.arch.name, self.arch.kind, self.arch.class_name)
+        self.path.unlink(missing_ok=True)
+        if ending:
+            row.reason, row.seconds = ending, round(self.seconds, 1)
+        return row
 
 
 def load(path: Path) -> dict[str, Row]:
@@ -647,15 +658,15 @@ def main(
 
 
 def _run_all(names: list[str], limit: float, jobs: int, results: Path) -> Iterator[Row]:
-    if jobs == 1:
-        for name in names:
-            yield run_one(name, limit, results)
-        return
-    from concurrent.futures import ThreadPoolExecutor, as_completed
-
-    with ThreadPoolExecutor(jobs) as pool:
-        for done in as_completed([pool.submit(run_one, n, limit, results) for n in names]):
-            yield done.result()
+    """Rows as they come, some architectures at a time."""
+    waiting, running = list(reversed(names)), []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            running.append(_Run(waiting.pop(), limit, results))
+        time.sleep(0.05)
+        for run in [run for run in running if run.is_over()]:
+            running.remove(run)
+            yield run.row()
 
 
 def _line(row: Row) -> str:
