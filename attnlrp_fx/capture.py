@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from attnlrp_fx.errors import CaptureError, InputError
 from attnlrp_fx.functionalise import functional
 from attnlrp_fx.known import holding
-from attnlrp_fx.torch_private import unlike_symbols
+from attnlrp_fx.torch_private import own_backwards, unlike_symbols
 
 TOKENS = ("input_ids", "inputs")
 """How the names of inputs end that hold tokens: never held at the example's values."""
@@ -105,7 +105,7 @@ def capture(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(unlike_symbols())
-        own = stack.enter_context(_own_backwards())
+        own = stack.enter_context(own_backwards())
         exported, example, held, given_up = _export_known(model, named, dynamic_shapes)
         notes += given_up
         notes += tuple(
@@ -298,28 +298,6 @@ def _capturable(model: nn.Module, inputs: dict[str, Any]) -> Iterator[list[str]]
             module.set_experts_implementation(before)
         for parameter in requires_grad:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _own_backwards() -> Iterator[dict[str, None]]:
-    """Which autograd functions that are not PyTorch's a model calls.
-
-    Their forward alone is captured: what they hand back as a derivative leaves no trace in a graph.
-    """
-    called: dict[str, None] = {}
-    function: Any = torch.autograd.Function
-    apply = function.__dict__["apply"]
-
-    def recorded(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch."):
-            called[cls.__qualname__] = None
-        return apply.__func__(cls, *args, **kwargs)
-
-    function.apply = classmethod(recorded)
-    try:
-        yield called
-    finally:
-        function.apply = apply
 
 
 def _experts_implementations(model: nn.Module) -> dict[Any, dict[str, str | None]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from attnlrp_fx.operators import aten, is_op
+from attnlrp_fx.torch_private import storage_of
 
 FILLS = {aten.zero_: aten.zeros_like.default, aten.fill_: aten.full_like.default}
 """In-place ops whose functional forms no table has, and what they are with a number."""
@@ -205,4 +206,4 @@ def _storage(node: fx.Node) -> int | None:
     value = node.meta.get("val")
     if isinstance(value, list | tuple):
         value = next((part for part in value if isinstance(part, Tensor)), None)
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+    return storage_of(value) if isinstance(value, Tensor) else None

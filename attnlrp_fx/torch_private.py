@@ -11,6 +11,7 @@
 - `size_assumptions`, `fails`: the branches that capture took by size; `torch.export` would check
   them at run time only in the calling convention that a rewritten graph no longer has.
 - `outside_of_tracing`: computing with real values while a model is traced.
+- `own_backwards`: no hook tells that an `autograd.Function` is called, so its `apply` is watched.
 - `typical_size`: what a symbolic size would be, from its expression.
 
 `tests/test_torch_private.py` uses each of them, so that an upgrade fails loudly.
@@ -34,6 +35,28 @@ def unlike_symbols() -> Iterator[None]:
     """Give every dynamic dimension a symbol of its own while a model is captured."""
     with symbolic_shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         yield
+
+
+@contextmanager
+def own_backwards() -> Iterator[dict[str, None]]:
+    """Which autograd functions that are not PyTorch's a model calls.
+
+    Their forward alone is captured: what they hand back as a derivative leaves no trace in a graph.
+    """
+    called: dict[str, None] = {}
+    function: Any = torch.autograd.Function
+    apply = function.__dict__["apply"]
+
+    def recorded(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            called[cls.__qualname__] = None
+        return apply.__func__(cls, *args, **kwargs)
+
+    function.apply = classmethod(recorded)
+    try:
+        yield called
+    finally:
+        function.apply = apply
 
 
 def outside_of_tracing() -> AbstractContextManager[Any]:

@@ -1,6 +1,7 @@
 """Each use of PyTorch's private API, alone: an upgrade that breaks one fails here, by its name."""
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ def test_every_function_is_tested() -> None:
         "fresh",
         "new_fake_mode",
         "outside_of_tracing",
+        "own_backwards",
         "size_assumptions",
         "storage_of",
         "fails",
@@ -69,6 +71,21 @@ def test_capture_keeps_symbols_apart() -> None:
     batch, width, height, columns = _symbols(_captured(SAME))
     assert width == height
     assert len({batch, width, columns}) == 3
+
+
+def test_own_backwards() -> None:
+    """Functions that are not PyTorch's are named while it watches; then all is as before."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+    before = torch.autograd.Function.__dict__["apply"]
+    with torch_private.own_backwards() as called:
+        assert_close(Doubled.apply(torch.ones(2)), torch.full((2,), 2.0))
+    assert [name.rpartition(".")[2] for name in called] == ["Doubled"]
+    assert torch.autograd.Function.__dict__["apply"] is before
 
 
 def test_outside_of_tracing() -> None:
