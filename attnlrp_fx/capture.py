@@ -14,8 +14,8 @@ example's values, and the capture says so.
 import inspect
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,18 +28,13 @@ from torch.utils import _pytree as pytree
 from attnlrp_fx.errors import CaptureError, InputError
 from attnlrp_fx.functionalise import functional
 from attnlrp_fx.known import holding
+from attnlrp_fx.settings import capturable
 from attnlrp_fx.torch_private import own_backwards, unlike_symbols
 
 TOKENS = ("input_ids", "inputs")
 """How the names of inputs end that hold tokens: never held at the example's values."""
 
 Inputs = Mapping[str, Any] | Tensor | tuple[Any, ...]
-
-TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")
-"""transformers' implementations of a mixture of experts that do not branch on data, best first.
-
-Tokens sorted by expert and multiplied group by group, or a matrix of weights gathered for each.
-"""
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ def capture(
         raise InputError("there are no example inputs", remedy="pass them as compile's inputs=")
     named = bind(model, inputs)
     with ExitStack() as stack:
-        notes = tuple(stack.enter_context(_capturable(model, named)))
+        notes = tuple(stack.enter_context(capturable(model)))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(unlike_symbols())
@@ -261,74 +256,6 @@ def bind(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
             remedy=f"pass some of: {', '.join(signature.parameters)}",
         )
     return named
-
-
-@contextmanager
-def _capturable(model: nn.Module, inputs: dict[str, Any]) -> Iterator[list[str]]:
-    """Put a model into a state in which it can be captured, and back.
-
-    Found by mechanism: any module whose config says `use_cache` is told not to; implementations of
-    attention and of experts that cannot be traced are replaced by ones that can.
-    """
-    notes: list[str] = []
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    configs |= {id(c): c for parent in list(configs.values()) for c in _sub_configs(parent)}
-    caching = [c for c in configs.values() if getattr(c, "use_cache", False)]
-    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    replaced = implementation not in (None, "eager", "sdpa")
-    requires_grad = [p for p in model.parameters() if p.requires_grad]
-    experts = _experts_implementations(model)
-    try:
-        for config in caching:
-            config.use_cache = False
-        if caching:
-            notes.append("key-value caches are off while the model is captured")
-        if replaced:
-            model.set_attn_implementation("sdpa")  # type: ignore[operator]
-            notes.append(f"attention '{implementation}' is captured as 'sdpa'")
-        for name in dict.fromkeys(map(_set_traceable_experts, experts)):
-            notes.append(f"experts are captured as '{name}'")
-        yield notes
-    finally:
-        for config in caching:
-            config.use_cache = True
-        if replaced:
-            model.set_attn_implementation(implementation)  # type: ignore[operator]
-        for module, before in experts.items():
-            module.set_experts_implementation(before)
-        for parameter in requires_grad:
-            parameter.requires_grad_(True)
-
-
-def _experts_implementations(model: nn.Module) -> dict[Any, dict[str, str | None]]:
-    """The modules whose experts run in a way that cannot be captured, and what they are set to.
-
-    A loop over the experts that were chosen depends on data; others call kernels of their own.
-    """
-    found: dict[Any, dict[str, str | None]] = {}
-    for module in model.modules():
-        if not hasattr(module, "set_experts_implementation"):
-            continue
-        before = module.get_experts_implementation()  # type: ignore[operator]
-        if module._can_set_experts_implementation() and before[""] not in TRACEABLE_EXPERTS:  # type: ignore[operator]
-            found[module] = before
-    return found
-
-
-def _set_traceable_experts(module: Any) -> str:
-    """Set a module's experts to the first implementation that it takes, and name it."""
-    *preferred, last = TRACEABLE_EXPERTS
-    for name in preferred:
-        with suppress(ValueError, ImportError):
-            module.set_experts_implementation(name)
-            return name
-    module.set_experts_implementation(last)
-    return last
-
-
-def _sub_configs(config: Any) -> list[Any]:
-    names = getattr(config, "sub_configs", None) or {}
-    return [sub for name in names if (sub := getattr(config, name, None)) is not None]
 
 
 def _has_tensors(value: Any) -> bool:
