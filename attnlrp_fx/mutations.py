@@ -206,4 +206,9 @@ def _storage(node: fx.Node) -> int | None:
     value = node.meta.get("val")
     if isinstance(value, list | tuple):
         value = next((part for part in value if isinstance(part, Tensor)), None)
-    return storage_of(value) if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor):
+        return None
+    try:
+        return storage_of(value)
+    except NotImplementedError as error:  # a tensor of functorch's, left by a vmapped mask
+        raise Unsupported from error
