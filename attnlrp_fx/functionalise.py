@@ -84,7 +84,10 @@ def _detach_regions(graph_module: fx.GraphModule, constants: Set[str]) -> None:
 
 
 def _detach_outputs(body: fx.Graph, is_input: Sequence[bool]) -> None:
-    """Put a detach before each floating output of a region that is not a constant anyway."""
+    """Put a detach before each floating output of a region that is not a constant anyway.
+
+    A cast to the dtype that a value has returns the value itself, gradients and all.
+    """
     placeholders = zip(body.find_nodes(op="placeholder"), is_input, strict=True)
     varies = {node for node, varying in placeholders if varying and _is_floating(node)}
     for node in body.nodes:
@@ -93,11 +96,21 @@ def _detach_outputs(body: fx.Graph, is_input: Sequence[bool]) -> None:
             varies.add(node)
     output = body.output_node()
     for leaf in output.all_input_nodes:
-        if leaf in varies and _is_floating(leaf) and not is_op(leaf, "detach"):
+        if leaf in varies and _is_floating(leaf) and not (is_op(leaf, "detach") or _is_given(leaf)):
             with body.inserting_before(output):
                 held = body.call_function(aten.detach.default, (leaf,))
             held.meta = dict(leaf.meta)
             output.replace_input_with(leaf, held)
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Whether a node is an input of its graph, or an op that returns it as it is."""
+    while is_op(node, "to", "type_as", "contiguous"):
+        value, source = node.meta["val"], node.args[0].meta["val"]  # type: ignore[union-attr]
+        if value.dtype != source.dtype or value.stride() != source.stride():
+            return False
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op == "placeholder"
 
 
 def relax_counts(graph_module: fx.GraphModule) -> None:

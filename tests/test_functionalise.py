@@ -128,6 +128,26 @@ def test_what_leaves_a_no_grad_region_is_a_constant(in_place: bool, grad: bool) 
     torch.testing.assert_close(found, x * gradient, rtol=1e-12, atol=0)
 
 
+class CastInRegion(nn.Module):
+    """A value is cast to its own dtype without gradients, and used with them afterwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.sin()
+        with torch.no_grad():
+            cast = y.to(torch.float64)
+            scale = cast.square().sum(-1, keepdim=True)
+        return cast * y * scale
+
+
+def test_a_cast_that_returns_its_input_is_no_constant() -> None:
+    model, x = CastInRegion().eval(), torch.randn(3, 4).double()
+    explainer = attnlrp_fx.compile(model, x, composite="gradient", backend="eager")
+    found = explainer(x, target=1).relevance["x"]
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+    torch.testing.assert_close(found, x * gradient, rtol=1e-12, atol=0)
+
+
 def test_constants_of_a_no_grad_region_need_no_detach() -> None:
     graph_module = functional(export(NoGradRegion(), (torch.randn(3, 4),), strict=False))
     assert not [node for node in graph_module.graph.nodes if "detach" in str(node.target)]
