@@ -238,9 +238,16 @@ def _relevance_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tenso
 
 
 def _attention(model: Any, inputs: Inputs, relevance: Mapping[str, Tensor]) -> float | None:
-    """How far relevance of written-out attention is from that of the fused one."""
+    """How far relevance of written-out attention is from that of the fused one.
+
+    None where the model has no other, or does not run with it itself.
+    """
     model.set_attn_implementation("eager")
     if model.config._attn_implementation != "eager":
+        return None
+    try:
+        _run(model, inputs)
+    except RuntimeError:
         return None
     written = attnlrp_fx.capture.capture(model, inputs, dynamic_shapes=None)
     explainer = explained(model, inputs, written, "attnlrp", traced=False)
