@@ -365,7 +365,8 @@ def _static_notes(graph_module: fx.GraphModule) -> tuple[str, ...]:
     notes = []
     for node in graph_module.graph.find_nodes(op="placeholder"):
         value = node.meta["val"]
-        fixed = [d for d in range(min(value.dim(), 2)) if is_concrete_int(value.shape[d])]
+        leading = 1 if value.dim() > 3 else min(value.dim(), 2)
+        fixed = [d for d in range(leading) if is_concrete_int(value.shape[d])]
         is_sequence = not value.is_floating_point() or value.dim() == 3
         if fixed and (0 in fixed or is_sequence):
             sizes = ", ".join(f"dimension {d} = {value.shape[d]}" for d in fixed)
