@@ -18,7 +18,7 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -101,8 +101,16 @@ def size_assumptions(graph_module: fx.GraphModule) -> list[Any]:
     """
     environment = fake_mode_of(graph_module).shape_env
     assert environment is not None
-    relations = [environment.replace(guard.expr) for guard in environment.guards]
+    relations = [_simplified(environment, guard.expr) for guard in environment.guards]
     return [r for r in relations if isinstance(r, sympy.Rel) and not isinstance(r, sympy.Ne)]
+
+
+def _simplified(environment: Any, relation: Any) -> Any:
+    """A relation with known sizes put in, as it is where that would divide by zero."""
+    try:
+        return environment.replace(relation)
+    except ZeroDivisionError:
+        return relation
 
 
 def fails(assumption: Any, sizes: Mapping[str, int]) -> bool:
@@ -110,15 +118,22 @@ def fails(assumption: Any, sizes: Mapping[str, int]) -> bool:
     symbols = {str(symbol): symbol for symbol in assumption.free_symbols}
     if not symbols.keys() <= sizes.keys() or any(sizes[name] == 1 for name in symbols):
         return False
-    return bool(assumption.subs({symbol: sizes[n] for n, symbol in symbols.items()}) == sympy.false)
+    try:
+        found = assumption.subs({symbol: sizes[n] for n, symbol in symbols.items()})
+    except ZeroDivisionError:
+        return False
+    return bool(found == sympy.false)
 
 
 def typical_size(size: int | torch.SymInt, typical: int) -> float:
-    """A size as a number, each of its symbols counted as `typical`."""
+    """A size as a number, each symbol counted as `typical`, or as one more if that divides by 0."""
     if isinstance(size, int):
         return float(size)
     expression = size.node.expr
-    return float(expression.subs(dict.fromkeys(expression.free_symbols, typical)))
+    for number in (typical, typical + 1):
+        with suppress(ZeroDivisionError):
+            return float(expression.subs(dict.fromkeys(expression.free_symbols, number)))
+    return float(typical)
 
 
 def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -4,12 +4,14 @@ import inspect
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from references import Function
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing import assert_close
+from torch.utils._sympy.functions import FloorDiv
 
 from attnlrp_fx import torch_private
 from attnlrp_fx.capture import capture
@@ -38,6 +40,7 @@ def test_every_function_is_tested() -> None:
         name
         for name, value in vars(torch_private).items()
         if inspect.isfunction(value) and value.__module__ == torch_private.__name__
+        if not name.startswith("_")
     }
     assert public == {
         "unlike_symbols",
@@ -126,6 +129,17 @@ def test_typical_size() -> None:
     assert torch_private.typical_size(batch, 64) == 64.0
     assert torch_private.typical_size(2 * batch + 3, 10) == 23.0
     assert torch_private.typical_size(batch * width, 8) == 64.0
+
+
+def test_sizes_that_divide_by_zero() -> None:
+    """Where an expression has no value, another typical size has; it contradicts no assumption."""
+    node = _captured(SAME).graph.find_nodes(op="placeholder")[0]
+    batch = node.meta["val"].shape[0]
+    assert torch_private.typical_size(128 // (batch - 64), 64) == 128.0
+    symbol = sympy.Symbol("s0", integer=True, positive=True)
+    assumption = sympy.Ge(FloorDiv(8, symbol - 4), 2, evaluate=False)
+    assert not torch_private.fails(assumption, {"s0": 4})
+    assert torch_private.fails(assumption, {"s0": 12})
 
 
 def test_inductor() -> None:
