@@ -52,7 +52,7 @@ import attnlrp_fx
 from attnlrp_fx.analysis import explained_values
 from attnlrp_fx.capture import flat_inputs
 from attnlrp_fx.composites import COMPOSITES
-from attnlrp_fx.errors import AttnLRPError
+from attnlrp_fx.errors import AttnLRPError, InputError
 from attnlrp_fx.explainer import ExplainableGraphModule
 from attnlrp_fx.ledger import Ledger, read_ledger
 from attnlrp_fx.passes import (
@@ -172,10 +172,16 @@ def examine(arch: Architecture, row: Row) -> Iterator[None]:
     yield
     row.dynamic_batch, row.dynamic_length, other = _other_sizes(arch, model, inputs, captured)
     if other is not None:
+        try:
+            again = explainer(other)
+        except InputError as error:  # the model takes another path there, and the program says so
+            row.notes.append(f"length is dynamic within bounds: {error.why}")
+            row.dynamic_length, other = False, arch.inputs(model, OTHER_BATCH, LENGTH)
+            again = explainer(other)
         row.other_law_2 = _against_autograd(model, gradient, other)
-        again = explainer(other)
         row.other_forward = _difference(_flat(again.outputs), _flat(_run(model, other)))
         row.other_program = _relevance_difference(again.relevance, on_tape(rules, other)[0])
+    yield
     row.stage = "attention"
     yield
     if getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa":
