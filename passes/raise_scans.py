@@ -41,6 +41,7 @@ from attnlrp_fx.operators import (
 from attnlrp_fx.passes.base import PassContext, PassResult, finish, mark
 
 POSITIVE = ("exp", "exp2", "sigmoid", "softplus", "hardsigmoid")
+"""Functions whose value is positive whatever they take."""
 STILL_POSITIVE = ("sqrt", "rsqrt", "reciprocal", "clamp", "clamp_min", "clamp_max", "square")
 """Functions whose value is positive if what they take is."""
 
