@@ -3,7 +3,8 @@
 An explanation holds tensors as they came out of the program, padding included. Everything made for
 reading (`top`, `to_dict`, `to_pandas`, the pictures) leaves padding out, and says so where padding
 holds relevance. A token input is one whose elements index a table: it has tokens or a mask, or it
-is not floating. A float input has relevance in its own shape.
+is not floating. A float input has relevance in its own shape; one of shape (batch, 1, 3 or 4
+channels, height, width) is a batch of images, and its relevance is drawn on them.
 
 An input whose leading size is not the batch's (the patches of all images in one tensor, say)
 belongs to no single row; it is reported once, after the rows, unless the batch has only one.
@@ -69,6 +70,10 @@ class Explanation:
     """Where relevance went on its way, if it was kept; prints by itself."""
     labels: list[str] | None = None
     """What was explained in each row, as text, where it is known."""
+    target_index: Tensor | None = None
+    """(batch,) int64: the class or token that was explained in each row, where there is one."""
+    normalisation: heatmap.Normalisation | None = None
+    """What to undo to show an image as it was; None: it is stretched to be seen."""
 
     def __post_init__(self) -> None:
         if self.target_value.dim() != 1:
@@ -111,6 +116,17 @@ class Explanation:
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {tuple(r.shape)}" for name, r in self.relevance.items())
         return f"Explanation(target={self.target!r}, batch={len(self)}, relevance: {shapes})"
+
+    def has_images(self, name: str) -> bool:
+        """Whether the relevance of an input is that of images, one a row."""
+        given = self.inputs.get(name)
+        return (
+            given is not None
+            and heatmap.is_image(given)
+            and given.shape == self.relevance[name].shape
+            and len(given) == len(self)
+            and not given.is_meta
+        )
 
     # As data
 
@@ -213,7 +229,7 @@ class Explanation:
         Raises:
             OSError: the directory does not exist or cannot be written.
         """
-        _write_atomically(path, json.dumps(self.to_dict(), allow_nan=False) + "\n")
+        write_atomically(path, json.dumps(self.to_dict(), allow_nan=False) + "\n")
 
     def to_pandas(self) -> pd.DataFrame:
         """Relevance in long form, a line a token or a float.
@@ -269,35 +285,42 @@ class Explanation:
 
     # As pictures
 
-    def to_html(self, path: str | Path | None = None) -> str:
+    def to_html(
+        self, path: str | Path | None = None, display: heatmap.Display = heatmap.PLAIN
+    ) -> str:
         """A self-contained page: no script, no network; light and dark; printable.
 
         Args:
             path: where to write the page as well, complete or not at all.
+            display: how images are drawn.
 
         Raises:
             OSError: the directory of ``path`` does not exist or cannot be written.
         """
-        page = heatmap.html_document(self._sections(), f"Relevance for {self.target}")
+        title = f"Relevance for {self.target}"
+        page = heatmap.html_document(self.sections(), title, display)
         if path is not None:
-            _write_atomically(path, page)
+            write_atomically(path, page)
         return page
 
-    def figure(self) -> Figure:
+    def figure(self, display: heatmap.Display = heatmap.PLAIN) -> Figure:
         """A matplotlib Figure, 8 inches wide and as high as it needs to be.
+
+        Args:
+            display: how images are drawn.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        return heatmap.figure(self._sections())
+        return heatmap.figure(self.sections(), display)
 
     def _repr_html_(self) -> str:
-        return heatmap.html_fragment(self._sections())
+        return heatmap.html_fragment(self.sections())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         colours = None if console.no_color else console.color_system
         yield from heatmap.terminal(
-            self._sections(), colours, ascii_only=options.ascii_only, width=options.max_width
+            self.sections(), colours, ascii_only=options.ascii_only, width=options.max_width
         )
 
     # From tensors to what is drawn
@@ -311,7 +334,8 @@ class Explanation:
     def _has_rows(self, relevance: Tensor) -> bool:
         return relevance.dim() > 0 and relevance.shape[0] == len(self)
 
-    def _sections(self) -> list[heatmap.Section]:
+    def sections(self) -> list[heatmap.Section]:
+        """What the pictures show, a section a row."""
         sections = [self._section(row) for row in range(len(self))]
         shared = tuple(self._batch_grids())
         return [*sections, heatmap.Section("All rows", None, grids=shared)] if shared else sections
@@ -320,13 +344,12 @@ class Explanation:
         title = self.target
         if self.labels and f"'{self.labels[row]}'" not in title:
             title = f"{title}: {self.labels[row]}"
-        if len(self) > 1:
-            title = f"Row {row} · {title}"
         return heatmap.Section(
             title,
             float(self.target_value[row].detach()),
             tuple(self._strips(row)),
             tuple(self._grids(row)),
+            row if len(self) > 1 else None,
         )
 
     def _strips(self, row: int) -> Iterator[heatmap.TokenStrip]:
@@ -361,9 +384,15 @@ class Explanation:
     def _grids(self, row: int) -> Iterator[heatmap.Grid]:
         for name, values in self._float_relevance():
             if self._has_rows(values):
-                yield heatmap.Grid(name, values[row])
+                yield heatmap.Grid(name, values[row], self._backdrop(name, row))
             elif len(self) == 1:
                 yield heatmap.Grid(name, values)
+
+    def _backdrop(self, name: str, row: int) -> heatmap.Backdrop | None:
+        """The image that relevance is of, None if it is of none."""
+        if not self.has_images(name):
+            return None
+        return heatmap.backdrop(self.inputs[name][row], self.normalisation)
 
     def _batch_grids(self) -> Iterator[heatmap.Grid]:
         for name, values in self._float_relevance():
@@ -392,7 +421,7 @@ def _value_dict(grid: heatmap.Grid) -> dict[str, Any]:
     }
 
 
-def _write_atomically(path: str | Path, text: str) -> None:
+def write_atomically(path: str | Path, text: str) -> None:
     """Write beside ``path`` and rename: readers see the old file or the new one, never a part.
 
     The temporary file is opened by name, not by `tempfile`, so that it gets the permissions that

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from attnlrp_fx.errors import InputError, MissingExtraError
 from attnlrp_fx.explanation import SCHEMA, Explanation
+from attnlrp_fx.heatmap import Display, Normalisation
 
 TOKENS = [["[CLS]", "very", "good", "[SEP]"], ["[PAD]", "[CLS]", "bad", "[SEP]"]]
 
@@ -303,7 +304,7 @@ def test_without_tokenizer_ids_stand_for_tokens():
 )
 def test_title_names_the_label_once(target, label, title):
     explanation = explain(target=target, labels=[label, label])
-    assert explanation._sections()[0].title == f"Row 0 · {title}"
+    assert explanation.sections()[0].heading == f"Row 0 · {title}"
 
 
 def test_terminal_with_and_without_colour(monkeypatch):
@@ -329,6 +330,59 @@ def test_no_color_is_respected(monkeypatch):
 def test_figure_is_matplotlibs():
     figure = pytest.importorskip("matplotlib.figure")
     assert isinstance(with_floats().figure(), figure.Figure)
+
+
+# Images
+
+
+def with_images(shape=(2, 3, 4, 5), **changes):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(shape, generator=generator)
+    return explain(
+        relevance={"pixel_values": torch.randn(shape, generator=generator)},
+        inputs={"pixel_values": (pixels - 0.5) / 0.25},
+        tokens=None,
+        mask=None,
+        **changes,
+    ), pixels
+
+
+def test_an_image_is_shown_as_it_was_before_its_normalisation():
+    explanation, pixels = with_images(normalisation=Normalisation((0.5,), (0.25,)))
+    for row, section in enumerate(explanation.sections()):
+        (grid,) = section.grids
+        wanted = pixels[row].permute(1, 2, 0).double()
+        torch.testing.assert_close(grid.backdrop.pixels, wanted)
+    assert explanation.to_html().count("data:image/png") == 4
+    stretched, _ = with_images()
+    assert "the image is stretched" in stretched.to_html()
+
+
+def test_the_display_reaches_every_picture(tmp_path):
+    explanation, _ = with_images()
+    display = Display(smooth=2, overlay=False)
+    page = explanation.to_html(tmp_path / "page.html", display)
+    assert page.count("σ=2 pixels") == 2
+    assert (tmp_path / "page.html").read_text() == page
+    assert "σ=" not in explanation.to_html()
+    pytest.importorskip("matplotlib")
+    drawing = explanation.figure(display)
+    shapes = [image.get_array().shape for axes in drawing.axes for image in axes.images]
+    assert shapes == [(4, 5, 3), (4, 5)] * 2
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4, 5), (2, 2, 3, 4, 5), (2, 4, 5), (1, 3, 4, 5)])
+def test_what_is_no_image_of_a_row_is_drawn_alone(shape):
+    explanation, _ = with_images(shape)
+    grids = [grid for section in explanation.sections() for grid in section.grids]
+    assert [grid.backdrop for grid in grids] == [None] * len(grids)
+    assert explanation.to_html().count("data:image/png") == len(grids) > 0
+
+
+def test_relevance_without_its_input_is_drawn_alone():
+    explanation = with_floats()
+    assert not explanation.has_images("pixel_values")
+    assert "image is stretched" not in explanation.to_html()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Sections as a matplotlib figure: blocks stacked from top to bottom.
+"""Sections and galleries as a matplotlib figure: blocks stacked from top to bottom.
 
 matplotlib is an extra, so everything that needs it is imported when a figure is asked for.
 """
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from attnlrp_fx.errors import MissingExtraError
-from attnlrp_fx.heatmap.sections import Section
+from attnlrp_fx.heatmap.display import PLAIN, Display
+from attnlrp_fx.heatmap.sections import Gallery, Section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,14 +19,15 @@ MARGIN = 0.2
 """Inches."""
 
 
-def figure(sections: Sequence[Section]) -> Figure:
+def figure(drawn: Sequence[Section | Gallery], display: Display = PLAIN) -> Figure:
     """Tokens as a heat strip wrapped over lines, float inputs as heat maps; light colours.
 
     Characters that no installed font has are drawn as an empty square, so that saving the figure
     warns of nothing.
 
     Args:
-        sections: what to draw, from top to bottom.
+        drawn: what to draw, from top to bottom.
+        display: how to draw images.
 
     Returns:
         A matplotlib Figure, 8 inches wide and as high as it needs to be, that belongs to no pyplot
@@ -43,9 +45,9 @@ def figure(sections: Sequence[Section]) -> Figure:
             remedy="pip install 'attnlrp_fx[plot]'",
         ) from error
 
-    from attnlrp_fx.heatmap.figure_blocks import WIDTH, section_blocks
+    from attnlrp_fx.heatmap.figure_blocks import WIDTH, blocks_of
 
-    blocks = [block for section in sections for block in section_blocks(section)]
+    blocks = [block for each in drawn for block in blocks_of(each, display)]
     width = WIDTH + 2 * MARGIN
     height = 2 * MARGIN + sum(block.height for block in blocks)
     drawing = Figure(figsize=(width, height), facecolor="white")

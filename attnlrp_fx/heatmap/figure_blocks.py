@@ -14,16 +14,28 @@ from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
+from torch import Tensor
 
+from attnlrp_fx.heatmap.display import Display
 from attnlrp_fx.heatmap.fonts import fonts_for
-from attnlrp_fx.heatmap.pictures import picture
+from attnlrp_fx.heatmap.pictures import Picture, picture
 from attnlrp_fx.heatmap.scale import LIGHT, NOT_FINITE, STEPS, hex_colour, ink, level
-from attnlrp_fx.heatmap.sections import Grid, Section, TokenStrip, facts, notes, number
+from attnlrp_fx.heatmap.sections import (
+    Gallery,
+    Grid,
+    Section,
+    TokenStrip,
+    facts,
+    gallery_notes,
+    notes,
+    number,
+)
 from attnlrp_fx.heatmap.spelling import Piece, pieces, visible
+from attnlrp_fx.heatmap.tiles import Tile, gallery_tiles, pair
 
 WIDTH = 7.6
 """Inches between the margins."""
@@ -34,6 +46,18 @@ LINE = 0.27
 SIZE = 10.0
 """Points of a token."""
 
+CELLS = 1024
+"""The most cells of a picture along an axis."""
+
+TILE, GAP = 3.0, 0.2
+"""Inches of the widest tile, and from one tile to the next."""
+
+KEY = 3.0
+"""Inches that the colour scale takes, with its numbers."""
+
+TILES = 4
+"""Tiles side by side."""
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -43,26 +67,57 @@ class Block:
     draw: Callable[[Axes], None]
 
 
-def section_blocks(section: Section) -> Iterator[Block]:
-    """The stripes of one section, from top to bottom."""
+def blocks_of(drawn: Section | Gallery, display: Display) -> Iterator[Block]:
+    """The stripes of one section or gallery, from top to bottom."""
+    if isinstance(drawn, Gallery):
+        yield from _gallery_blocks(drawn, display)
+    else:
+        yield from _section_blocks(drawn, display)
+    yield Block(0.2, lambda axes: None)
+
+
+def _section_blocks(section: Section, display: Display) -> Iterator[Block]:
     subtitle = "     ".join(f"{name} {text}" for name, text in facts(section))
 
     def head(axes: Axes) -> None:
-        _write(axes, section.title, 0, 0.12, weight="bold")
+        _write(axes, section.heading, 0, 0.12, weight="bold")
         _write(axes, subtitle, 0, 0.34, size=9)
-        _key(axes, section.limit, 0.34)
+        _key(axes, *_ends(section.limit), 0.34)
 
     yield Block(0.52, head)
-    said = [line for note in notes(section) for line in textwrap.wrap(note, int(WIDTH * 15))]
-    if said:
-        yield _lines_block(said)
+    yield from _notes_blocks(notes(section))
     for strip in section.strips:
         if section.has_several_inputs:
             yield _lines_block([strip.caption])
         yield _strip_block(strip, section.limit)
     for grid in section.grids:
-        yield _grid_block(grid)
-    yield Block(0.2, lambda axes: None)
+        yield from _grid_blocks(grid, display)
+
+
+def _gallery_blocks(gallery: Gallery, display: Display) -> Iterator[Block]:
+    title = _line_wrapped(gallery.heading, WIDTH)
+
+    def head(axes: Axes) -> None:
+        for i, line in enumerate(title):
+            _write(axes, line, 0, 0.12 + 0.2 * i, weight="bold")
+
+    yield Block(0.2 * len(title) + 0.08, head)
+    yield from _notes_blocks(gallery_notes(gallery))
+    for said, tiles in gallery_tiles(gallery, CELLS, display):
+        caption = _line_wrapped(said, WIDTH - KEY)
+        yield _caption_block(caption, "against", "for")
+        yield from _tile_blocks(tiles)
+
+
+def _notes_blocks(said: Sequence[str]) -> Iterator[Block]:
+    lines = [line for note in said for line in _line_wrapped(note, WIDTH)]
+    if lines:
+        yield _lines_block(lines)
+
+
+def _line_wrapped(text: str, inches: float, size: float = 9) -> list[str]:
+    """Lines that fit, by what a letter takes on average."""
+    return textwrap.wrap(text, int(inches * 135 / size))
 
 
 def _lines_block(lines: Sequence[str]) -> Block:
@@ -149,47 +204,108 @@ def _hatched(box: Rectangle) -> Rectangle:
     )
 
 
-def _grid_block(grid: Grid) -> Block:
-    shown = picture(grid, 1024, 1024)
+def _grid_blocks(grid: Grid, display: Display) -> Iterator[Block]:
+    shown = picture(grid, CELLS, CELLS, display)
+    caption = _line_wrapped(shown.caption, WIDTH - KEY)
+    yield _caption_block(caption, *_ends(shown.limit))
+    if shown.image is not None:
+        yield from _tile_blocks(pair(shown, shown.image))
+        return
     rows, columns = shown.cells.shape
     if grid.is_image:
         scale = 4.0 / max(rows, columns)
         across, down = columns * scale, rows * scale
     else:
         across, down = min(WIDTH, max(2.0, 0.3 * columns)), min(4.0, max(0.25, 0.16 * rows))
-    stops = [hex_colour(colour) for colour in LIGHT.stops]
-    ramp = LinearSegmentedColormap.from_list("attnlrp", stops)
-    colours = ramp.with_extremes(bad=hex_colour(NOT_FINITE))
-    caption = textwrap.wrap(shown.caption, int((WIDTH - 2.6) * 15))
-    start = 0.2 * len(caption) + 0.08
+    yield Block(down + 0.1, lambda axes: _draw_picture(axes, shown, (0, 0, across, down)))
+
+
+def _caption_block(lines: Sequence[str], low: str, high: str) -> Block:
+    """A caption, with the colour scale at its right unless it has no ends."""
 
     def draw(axes: Axes) -> None:
-        _write_lines(axes, caption)
-        _key(axes, shown.limit, 0.1)
+        _write_lines(axes, lines)
+        _key(axes, low, high, 0.1)
+
+    return Block(0.2 * len(lines) + 0.08, draw)
+
+
+def _tile_blocks(tiles: Sequence[Tile]) -> Iterator[Block]:
+    """Tiles side by side, on as many lines as they need."""
+    side_by_side = min(len(tiles), TILES)
+    across = min(TILE, (WIDTH - GAP * (side_by_side - 1)) / side_by_side)
+    for start in range(0, len(tiles), TILES):
+        yield _tile_line(tiles[start : start + TILES], across)
+
+
+def _tile_line(tiles: Sequence[Tile], across: float) -> Block:
+    shapes = [_pixels(tile).shape[:2] for tile in tiles]
+    down = max(across * rows / max(rows, columns) for rows, columns in shapes)
+    names = [_line_wrapped(tile.name, across) for tile in tiles]
+    beneath = [_beneath(tile, across) for tile in tiles]
+    top = 0.2 * max(map(len, names)) + 0.04
+
+    def draw(axes: Axes) -> None:
+        for i, (tile, (rows, columns)) in enumerate(zip(tiles, shapes, strict=True)):
+            left, cell = i * (across + GAP), across / max(rows, columns)
+            for line, name in enumerate(names[i]):
+                _write(axes, name, left, 0.1 + 0.2 * line, size=9)
+            _draw_picture(axes, tile.shows, (left, top, columns * cell, rows * cell))
+            for line, said in enumerate(beneath[i]):
+                y = top + down + 0.12 + 0.17 * line
+                _write(axes, said, left, y, size=8, colour="#59616b")
+
+    return Block(top + down + 0.17 * max(map(len, beneath)) + 0.12, draw)
+
+
+def _pixels(tile: Tile) -> Tensor:
+    return tile.shows.cells if isinstance(tile.shows, Picture) else tile.shows
+
+
+def _beneath(tile: Tile, across: float) -> list[str]:
+    said = (*tile.lines, *[f"colours to ±{tile.limit:.4g}"] * bool(tile.limit))
+    return [line for text in said for line in _line_wrapped(text, across, 8)]
+
+
+def _draw_picture(
+    axes: Axes, shown: Picture | Tensor, box: tuple[float, float, float, float]
+) -> None:
+    """Relevance or pixels in a box: left, top, across, down."""
+    left, top, across, down = box
+    extent = (left, left + across, top + down, top)
+    if isinstance(shown, Picture):
         end = shown.limit or 1.0
         cells = shown.cells.masked_fill(~shown.cells.isfinite(), math.nan)
         axes.imshow(
             cells.tolist(),
-            cmap=colours,
+            cmap=_colours(),
             vmin=-end,
             vmax=end,
-            extent=(0, across, start + down, start),
+            extent=extent,
             aspect="auto",
             interpolation="nearest",
         )
-        axes.plot(
-            [0, across, across, 0, 0],
-            [start, start, start + down, start + down, start],
-            color="#c8ccd2",
-            linewidth=0.8,
-        )
-
-    return Block(start + down + 0.1, draw)
+    else:
+        axes.imshow(shown.numpy(), extent=extent, aspect="auto", interpolation="nearest")
+    axes.add_patch(
+        Rectangle((left, top), across, down, fill=False, edgecolor="#c8ccd2", linewidth=0.8)
+    )
 
 
-def _key(axes: Axes, limit: float, y: float) -> None:
-    """The colour scale with its numbers, at the right end of a line; none for a limit of 0."""
-    if limit == 0:
+def _colours() -> Colormap:
+    stops = [hex_colour(colour) for colour in LIGHT.stops]
+    ramp = LinearSegmentedColormap.from_list("attnlrp", stops)
+    return ramp.with_extremes(bad=hex_colour(NOT_FINITE))
+
+
+def _ends(limit: float) -> tuple[str, str]:
+    """What stands at the ends of a colour scale; nothing for a limit of 0."""
+    return (number(-limit), number(limit)) if limit else ("", "")
+
+
+def _key(axes: Axes, low: str, high: str, y: float) -> None:
+    """The colour scale between the words for its ends, at the right end of a line."""
+    if not high:
         return
     right, cells, cell = WIDTH - 0.62, 24, 0.05
     for i in range(cells):
@@ -200,8 +316,8 @@ def _key(axes: Axes, limit: float, y: float) -> None:
     axes.add_patch(
         Rectangle(frame, cells * cell, 0.1, fill=False, edgecolor="#c8ccd2", linewidth=0.8)
     )
-    _write(axes, number(-limit), frame[0] - 0.06, y, size=8, align="right")
-    _write(axes, number(limit), right + 0.06, y, size=8)
+    _write(axes, low, frame[0] - 0.06, y, size=8, align="right")
+    _write(axes, high, right + 0.06, y, size=8)
 
 
 def _write(

@@ -1,4 +1,4 @@
-"""Sections as HTML: a fragment for a notebook, or a whole page."""
+"""Sections and galleries as HTML: a fragment for a notebook, or a whole page."""
 
 from __future__ import annotations
 
@@ -6,20 +6,40 @@ import base64
 import html
 from collections.abc import Sequence
 
-from attnlrp_fx.heatmap.pictures import picture, png
+from attnlrp_fx.heatmap.display import PLAIN, Display
+from attnlrp_fx.heatmap.pictures import Picture, picture, png, rgb_png
 from attnlrp_fx.heatmap.scale import level
-from attnlrp_fx.heatmap.sections import Grid, Section, TokenStrip, facts, notes, number
+from attnlrp_fx.heatmap.sections import (
+    Gallery,
+    Grid,
+    Section,
+    TokenStrip,
+    facts,
+    gallery_notes,
+    notes,
+    number,
+)
 from attnlrp_fx.heatmap.spelling import pieces, visible
 from attnlrp_fx.heatmap.stylesheet import css_class, stylesheet
+from attnlrp_fx.heatmap.tiles import Tile, gallery_tiles, pair
+
+CELLS = 512
+"""The most cells of a picture along an axis."""
+
+ALONE, BESIDE = 336, 224
+"""About how many pixels across an image is drawn, alone and beside others."""
 
 
-def html_fragment(sections: Sequence[Section]) -> str:
+def html_fragment(drawn: Sequence[Section | Gallery], display: Display = PLAIN) -> str:
     """Self-contained HTML for a notebook or a page: no script, no network, everything escaped."""
-    body = "\n".join(_section(section) for section in sections)
+    body = "\n".join(
+        _gallery(each, display) if isinstance(each, Gallery) else _section(each, display)
+        for each in drawn
+    )
     return f'<div class="attnlrp"><style>\n{stylesheet()}\n</style>\n{body}\n</div>'
 
 
-def html_document(sections: Sequence[Section], title: str) -> str:
+def html_document(drawn: Sequence[Section | Gallery], title: str, display: Display = PLAIN) -> str:
     """A whole page around `html_fragment`, in UTF-8."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -28,7 +48,7 @@ def html_document(sections: Sequence[Section], title: str) -> str:
         f"<title>{_escape(title)}</title>\n"
         "<style>html{color-scheme:light dark}body{margin:0;background:#fff;"
         "background:light-dark(#fff,#1b1d22)}.attnlrp{margin:8px auto}</style>\n"
-        f"</head>\n<body>\n{html_fragment(sections)}\n</body>\n</html>\n"
+        f"</head>\n<body>\n{html_fragment(drawn, display)}\n</body>\n</html>\n"
     )
 
 
@@ -37,16 +57,16 @@ def _escape(text: str) -> str:
     return html.escape(text.encode("utf-8", "replace").decode())
 
 
-def _section(section: Section) -> str:
+def _section(section: Section, display: Display) -> str:
     head = "".join(f"<span>{name} <b>{text}</b></span>" for name, text in facts(section))
     head += _key(section.limit)
-    parts = [f"<h4>{_escape(visible(section.title))}</h4><header>{head}</header>"]
+    parts = [f"<h4>{_escape(visible(section.heading))}</h4><header>{head}</header>"]
     parts += [f'<p class="note">{_escape(note)}</p>' for note in notes(section)]
     for strip in section.strips:
         if section.has_several_inputs:
             parts.append(f'<div class="name dim">{_escape(strip.caption)}</div>')
         parts.append(_strip(strip, section.limit))
-    parts += [_grid(grid) for grid in section.grids]
+    parts += [_grid(grid, display) for grid in section.grids]
     return f"<section>{''.join(parts)}</section>"
 
 
@@ -78,19 +98,55 @@ def _strip(strip: TokenStrip, limit: float) -> str:
     return f'<div class="strip" dir="auto">{"".join(spans)}</div>'
 
 
-def _grid(grid: Grid) -> str:
-    shown = picture(grid, 512, 512)
+def _gallery(gallery: Gallery, display: Display) -> str:
+    parts = [f"<h4>{_escape(visible(gallery.heading))}</h4>"]
+    parts += [f'<p class="note">{_escape(note)}</p>' for note in gallery_notes(gallery)]
+    for said, tiles in gallery_tiles(gallery, CELLS, display):
+        caption = f"<figcaption><span>{_escape(said)}</span></figcaption>"
+        parts.append(f"<figure>{caption}{_tiles(tiles, BESIDE)}</figure>")
+    return f"<section>{''.join(parts)}</section>"
+
+
+def _grid(grid: Grid, display: Display) -> str:
+    shown = picture(grid, CELLS, CELLS, display)
+    caption = (
+        f"<figcaption><span>{_escape(shown.caption)}</span>"
+        f"{_key(shown.limit, 'bar over')}</figcaption>"
+    )
+    if shown.image is not None:
+        return f"<figure>{caption}{_tiles(pair(shown, shown.image), ALONE)}</figure>"
     rows, columns = shown.cells.shape
     if grid.is_image:
-        zoom = max(1, round(336 / max(rows, columns)))
-        width, height = columns * zoom, rows * zoom
+        _, size = _square_cells(rows, columns, ALONE)
     else:
-        width, height = max(160, min(640, columns * 24)), max(20, min(320, rows * 14))
-    data = base64.b64encode(png(shown)).decode()
-    ratio = f"aspect-ratio:{width}/{height};height:auto" if grid.is_image else f"height:{height}px"
-    return (
-        f"<figure><figcaption><span>{_escape(shown.caption)}</span>"
-        f"{_key(shown.limit, 'bar over')}</figcaption>"
-        f'<img alt="relevance of {_escape(grid.name)}" style="width:{width}px;{ratio}" '
-        f'src="data:image/png;base64,{data}"></figure>'
-    )
+        height = max(20, min(320, rows * 14))
+        size = f"width:{max(160, min(640, columns * 24))}px;height:{height}px"
+    return f"<figure>{caption}{_image(f'relevance of {grid.name}', size, png(shown))}</figure>"
+
+
+def _tiles(tiles: Sequence[Tile], across: int) -> str:
+    parts = []
+    for tile in tiles:
+        if isinstance(tile.shows, Picture):
+            pixels, data = tile.shows.cells, png(tile.shows)
+        else:
+            pixels, data = tile.shows, rgb_png(tile.shows)
+        width, size = _square_cells(pixels.shape[0], pixels.shape[1], across)
+        beneath = "".join(f"<div>{_escape(visible(line))}</div>" for line in tile.lines)
+        parts.append(
+            f'<div class="tile" style="width:{width}px"><div class="name">'
+            f"{_escape(visible(tile.name))}</div>{_image(tile.name, size, data)}"
+            f'<div class="dim">{beneath}{_key(tile.limit, "bar over")}</div></div>'
+        )
+    return f'<div class="tiles">{"".join(parts)}</div>'
+
+
+def _square_cells(rows: int, columns: int, across: int) -> tuple[int, str]:
+    """The width of square cells of a whole number of pixels, and their size in CSS."""
+    width = columns * max(1, round(across / max(rows, columns)))
+    return width, f"width:{width}px;aspect-ratio:{columns}/{rows};height:auto"
+
+
+def _image(alt: str, size: str, data: bytes) -> str:
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return f'<img alt="{_escape(alt)}" style="{size}" src="{source}">'

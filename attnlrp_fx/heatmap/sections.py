@@ -8,10 +8,12 @@ finite, all zero, in padding) is named by `notes`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from attnlrp_fx.heatmap.images import Backdrop
 from attnlrp_fx.heatmap.scale import limit
 from attnlrp_fx.heatmap.spelling import Spelling
 
@@ -46,6 +48,8 @@ class Grid:
 
     name: str
     relevance: Tensor
+    backdrop: Backdrop | None = None
+    """The image that the relevance is of, if it is of one: (channels, height, width)."""
 
     @property
     def total(self) -> float:
@@ -68,6 +72,12 @@ class Section:
     value: float | None
     strips: tuple[TokenStrip, ...] = ()
     grids: tuple[Grid, ...] = ()
+    row: int | None = None
+    """Which row, if there are several."""
+
+    @property
+    def heading(self) -> str:
+        return self.title if self.row is None else f"Row {self.row} · {self.title}"
 
     @property
     def limit(self) -> float:
@@ -85,23 +95,58 @@ class Section:
         return len(self.strips) + len(self.grids) > 1
 
 
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """One row of the batch under several explanations: a section each, by name.
+
+    Its images are drawn side by side. The sections have the same images, by the same names.
+    """
+
+    sections: Mapping[str, Section]
+
+    @property
+    def heading(self) -> str:
+        """That of the sections, without what they differ in."""
+        first = next(iter(self.sections.values()))
+        title = first.title if self.has_one_title else "several targets"
+        return replace(first, title=title).heading
+
+    @property
+    def has_one_title(self) -> bool:
+        return len({section.title for section in self.sections.values()}) == 1
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Names of the inputs that are images."""
+        first = next(iter(self.sections.values()))
+        return tuple(grid.name for grid in first.grids if grid.backdrop is not None)
+
+    def grids(self, image: str) -> dict[str, Grid]:
+        """The relevance of one image, by the sections' names."""
+        return {
+            name: grid
+            for name, section in self.sections.items()
+            for grid in section.grids
+            if grid.name == image
+        }
+
+
 def number(value: float) -> str:
     """Four significant digits with a sign: ``+3.142``, ``0``, ``nan``."""
     return f"{value:.4g}" if value == 0 or math.isnan(value) else f"{value:+.4g}"
 
 
-def share_of_value(section: Section) -> str:
-    """The sum of relevance, and what part of the target's value it is where that is defined."""
-    total, value = section.total, section.value
+def share_of_value(total: float, value: float | None, name: str = "the value") -> str:
+    """A sum of relevance, and what part of the target's value it is where that is defined."""
     if not value or not math.isfinite(total) or not math.isfinite(value):
         return number(total)
-    return f"{number(total)} ({total / value:.1%} of the value)"
+    return f"{number(total)} ({total / value:.1%} of {name})"
 
 
 def facts(section: Section) -> list[tuple[str, str]]:
     """What stands beside the title, a name and its number each."""
     value = [] if section.value is None else [("value", number(section.value))]
-    return [*value, ("sum of relevance", share_of_value(section))]
+    return [*value, ("sum of relevance", share_of_value(section.total, section.value))]
 
 
 def notes(section: Section) -> list[str]:
@@ -135,3 +180,8 @@ def notes(section: Section) -> list[str]:
         elif not bool(grid.relevance.any()):
             said.append(f"The relevance of {grid.name} is zero everywhere.")
     return said
+
+
+def gallery_notes(gallery: Gallery) -> list[str]:
+    """`notes` of every section, after its name."""
+    return [f"{name}: {n}" for name, section in gallery.sections.items() for n in notes(section)]

@@ -47,6 +47,12 @@ position-try-fallbacks:flip-inline,flip-block,flip-inline flip-block}}
 .attnlrp img{display:block;image-rendering:pixelated;max-width:100%;box-shadow:0 0 0 1px #c8ccd2;\
 box-shadow:0 0 0 1px light-dark(#c8ccd2,#4a4f59);-webkit-print-color-adjust:exact;\
 print-color-adjust:exact}
+.attnlrp .tiles{display:flex;flex-wrap:wrap;gap:12px 16px}
+.attnlrp .tile{flex:none;max-width:100%;break-inside:avoid}
+.attnlrp .tile .name{margin:0 0 4px;font-size:13px;font-weight:600}
+.attnlrp .tile .dim{margin-top:3px}
+.attnlrp .tile .key{margin:2px 0 0}
+.attnlrp .tile .bar{width:72px}
 .attnlrp figcaption{display:flex;flex-wrap:wrap;gap:2px 20px;margin-bottom:6px}
 @media print{.attnlrp{color-scheme:light;max-width:none}.attnlrp .bar\
 {-webkit-print-color-adjust:exact;print-color-adjust:exact}.attnlrp h4,\

@@ -38,7 +38,7 @@ def terminal(
     for i, section in enumerate(sections):
         if i:
             yield Text()
-        head = _line(section.title, "bold")
+        head = _line(section.heading, "bold")
         for name, text in facts(section):
             head.append(f"   {name} {text}", style="not bold")
         yield head

@@ -1,12 +1,13 @@
 """Small things to draw, and what is seen of them."""
 
 import io
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import torch
 from rich.console import Console
 
-from attnlrp_fx.heatmap import Grid, Section, TokenStrip, html_document, terminal
+from attnlrp_fx.heatmap import Backdrop, Gallery, Grid, Section, TokenStrip, html_document, terminal
 
 
 def strip(tokens, relevance, spelling="word", name="input_ids", **more):
@@ -22,6 +23,25 @@ def section(*strips, grids=(), title="logit 'positive' (1)", value=1.0):
 def grid(*shape):
     torch.manual_seed(0)
     return Grid("pixel_values", torch.randn(shape, dtype=torch.float64))
+
+
+def on_image(relevance, name="pixel_values", seed=0):
+    """Relevance (channels, height, width) of a random image."""
+    torch.manual_seed(seed)
+    pixels = torch.rand(*relevance.shape[-2:], 3, dtype=torch.float64)
+    return Grid(name, relevance, Backdrop((pixels * 255).round() / 255))
+
+
+def gallery(*names, size=6, title="logit 3"):
+    """Explanations of one image, each twice as strong as the one before."""
+    relevance = on_image(grid(3, size, size).relevance)
+    grids = [replace(relevance, relevance=relevance.relevance * 2**i) for i in range(len(names))]
+    return Gallery(
+        {
+            name: section(grids=[drawn], title=title)
+            for name, drawn in zip(names, grids, strict=True)
+        }
+    )
 
 
 class Spans(HTMLParser):

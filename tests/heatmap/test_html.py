@@ -1,12 +1,15 @@
 """A page that stands alone: everything escaped, nothing fetched, nothing outside restyled."""
 
+import base64
+import io
 import math
 import re
 
+import pytest
 import torch
-from drawn import Spans, grid, section, spans, strip
+from drawn import Spans, gallery, grid, on_image, section, spans, strip
 
-from attnlrp_fx.heatmap import Grid, html_document, html_fragment
+from attnlrp_fx.heatmap import Display, Grid, html_document, html_fragment
 from attnlrp_fx.heatmap.scale import STEPS
 
 
@@ -77,3 +80,49 @@ def test_special_tokens_do_not_set_the_direction():
 def test_long_texts_stay_light():
     many = strip(["Ġrelevance"] * 5000, [math.sin(i) for i in range(5000)], "byte")
     assert len(html_document([section(many)], "t").encode()) < 1_000_000
+
+
+def embedded(page):
+    """The images of a page, decoded: (height, width, channels) bytes."""
+    image = pytest.importorskip("PIL.Image")
+    decoded = []
+    for data in re.findall(r'src="data:image/png;base64,([^"]*)"', page):
+        with image.open(io.BytesIO(base64.b64decode(data))) as opened:
+            mode = "RGB" if opened.mode == "RGB" else "RGBA"
+            pixels = torch.tensor([*opened.convert(mode).tobytes()])
+            decoded.append(pixels.view(opened.height, opened.width, -1))
+    return decoded
+
+
+def test_a_page_has_the_image_itself_and_its_relevance():
+    drawn = on_image(grid(3, 5, 7).relevance)
+    image, relevance = embedded(html_fragment([section(grids=[drawn])]))
+    assert torch.equal(image, (drawn.backdrop.pixels * 255).round().long())
+    assert relevance.shape == (5, 7, 3)
+    page = html_fragment([section(grids=[drawn])], Display(overlay=False, smooth=2))
+    assert embedded(page)[1].shape == (5, 7, 4), "transparent where nothing is"
+    assert "σ=2 pixels" in page
+
+
+@pytest.mark.parametrize(("size", "width"), [(8, 336), (70, 350), (400, 400)])
+def test_small_images_are_scaled_up_by_whole_numbers(size, width):
+    page = html_fragment([section(grids=[on_image(torch.ones(1, size, size))])])
+    assert page.count(f"width:{width}px;aspect-ratio:{size}/{size}") == 2
+    assert "image-rendering:pixelated" in page
+
+
+def test_a_gallery_has_a_panel_a_name():
+    names = ["attnlrp", "gradient", HOSTILE]
+    page = html_document([gallery(*names)], "t")
+    assert len(embedded(page)) == 1 + len(names)
+    assert page.count('class="tile"') == 1 + len(names)
+    assert "script" not in Spans(page).tags
+    assert not re.search(r"https?:|<link|@import|url\(", page)
+
+
+def test_what_is_not_finite_in_a_gallery_is_named():
+    relevance = torch.ones(1, 3, 3)
+    relevance[0, 0, 0] = math.nan
+    bad = gallery("good", "bad")
+    bad.sections["bad"] = section(grids=[on_image(relevance)])
+    assert "bad: 1 of 9 values of pixel_values are not finite." in html_fragment([bad])

@@ -6,10 +6,10 @@ import zlib
 
 import pytest
 import torch
-from drawn import grid
+from drawn import grid, on_image
 
-from attnlrp_fx.heatmap import Grid
-from attnlrp_fx.heatmap.pictures import Picture, picture, png
+from attnlrp_fx.heatmap import Display, Grid
+from attnlrp_fx.heatmap.pictures import Picture, overlaid, picture, png, rgb_png
 from attnlrp_fx.heatmap.scale import NOT_FINITE, OVERLAY
 
 
@@ -20,6 +20,58 @@ def test_pictures_conserve_relevance_and_fit(shape):
     assert shown.cells.shape[0] <= max(16, frames)
     assert shown.cells.shape[1] <= 16
     torch.testing.assert_close(shown.cells.sum(), grid(*shape).relevance.sum())
+
+
+@pytest.mark.parametrize("smooth", [0.0, 1.5])
+@pytest.mark.parametrize("shape", [(3, 9, 7), (1, 40, 50), (2, 3, 11, 13)])
+def test_images_conserve_relevance_smoothed_and_scaled_down(shape, smooth):
+    for size in (64, 6):
+        shown = picture(grid(*shape), size, size, Display(smooth))
+        torch.testing.assert_close(shown.cells.sum(), grid(*shape).relevance.sum())
+        assert ("σ=1.5 pixels, which keeps the sum" in shown.caption) is bool(smooth)
+    assert "neighbours summed" in shown.caption
+
+
+def test_smoothing_spreads_images_and_nothing_else():
+    spot = torch.zeros(3, 9, 9)
+    spot[0, 4, 4] = 1.0
+    smooth = picture(Grid("x", spot), 9, 9, Display(1.0))
+    assert 0 < smooth.cells[4, 5] < smooth.cells[4, 4] < 1
+    table = torch.eye(4)
+    assert torch.equal(picture(Grid("x", table), 9, 9, Display(1.0)).cells, table.double())
+
+
+def test_an_image_is_laid_out_like_its_relevance():
+    drawn = on_image(grid(3, 11, 7).relevance)
+    whole = picture(drawn, 64, 64)
+    assert torch.equal(whole.image, drawn.backdrop.pixels)
+    small = picture(drawn, 4, 4)
+    assert small.image.shape == small.ground.shape == (*small.cells.shape, 3) == (4, 3, 3)
+    torch.testing.assert_close(small.image[0, 0], drawn.backdrop.pixels[:3, :3].mean((0, 1)))
+    corner = drawn.backdrop.pixels[9:, 6:].mean((0, 1))
+    torch.testing.assert_close(small.image[3, 2], corner)
+    assert picture(drawn, 64, 64, Display(overlay=False)).ground is None
+
+
+def test_overlay_is_ground_where_zero_and_colour_where_strongest():
+    cells = torch.tensor([[1.0, -1.0, 0.0, 0.5, math.nan]], dtype=torch.float64)
+    ground = torch.full((1, 5, 3), 0.8, dtype=torch.float64)
+    against, favour, bad = (
+        torch.tensor(colour, dtype=torch.float64) / 255 for colour in (*OVERLAY, NOT_FINITE)
+    )
+    drawn = overlaid(Picture(cells, 1.0), ground)[0]
+    for pixel, expected in zip(
+        drawn, (favour, against, ground[0, 0], (favour + 0.8) / 2, bad), strict=True
+    ):
+        torch.testing.assert_close(pixel, expected)
+
+
+def test_rgb_png_is_what_a_decoder_reads():
+    image = pytest.importorskip("PIL.Image")
+    samples = torch.arange(18).reshape(2, 3, 3) * 15
+    with image.open(io.BytesIO(rgb_png(samples.double() / 255))) as opened:
+        assert (opened.size, opened.mode) == ((3, 2), "RGB")
+        assert [*opened.tobytes()] == samples.flatten().tolist()
 
 
 def test_images_keep_their_proportions():
@@ -43,7 +95,7 @@ def test_one_hot_pixel_on_zeros_keeps_a_scale():
 def test_png_is_what_a_decoder_reads():
     image = pytest.importorskip("PIL.Image")
     cells = torch.tensor([[1.0, -1.0, 0.0], [0.5, math.nan, math.inf]])
-    data = png(Picture(cells, 1.0, ""))
+    data = png(Picture(cells, 1.0))
     with image.open(io.BytesIO(data)) as opened:
         assert opened.size == (3, 2)
         pixels = opened.convert("RGBA")
@@ -56,7 +108,7 @@ def test_png_is_what_a_decoder_reads():
 
 
 def test_png_chunks_carry_their_checksums():
-    data = png(Picture(torch.zeros(2, 2), 0.0, ""))
+    data = png(Picture(torch.zeros(2, 2), 0.0))
     at, kinds = 8, []
     while at < len(data):
         size = int.from_bytes(data[at : at + 4], "big")

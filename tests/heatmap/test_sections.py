@@ -48,4 +48,4 @@ def test_grids_name_zero_and_not_finite():
     ("value", "text"), [(2.0, "+1 (50.0% of the value)"), (0.0, "+1"), (None, "+1")]
 )
 def test_share_of_value_only_where_defined(value, text):
-    assert share_of_value(section(strip(["a"], [1.0]), value=value)) == text
+    assert share_of_value(1.0, value) == text
