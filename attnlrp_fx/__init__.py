@@ -13,8 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attnlrp_fx.compiler import compile, explain
-    from attnlrp_fx.composites import COMPOSITES, Composite, Match
+    from attnlrp_fx.comparison import Comparison
+    from attnlrp_fx.compiler import compile, explain, explain_image
+    from attnlrp_fx.composites import COMPOSITES, Composite, Match, epsilon_gamma_box
     from attnlrp_fx.errors import (
         AttnLRPError,
         BackendError,
@@ -29,40 +30,58 @@ if TYPE_CHECKING:
     )
     from attnlrp_fx.explainer import ExplainableGraphModule
     from attnlrp_fx.explanation import Explanation
+    from attnlrp_fx.faithfulness import Curves, Perturbation, perturbation_curves
+    from attnlrp_fx.heatmap.display import Display
     from attnlrp_fx.ledger import Ledger
     from attnlrp_fx.rules import (
+        AlphaBeta,
         Attention,
         Constant,
         Epsilon,
         Explained,
+        Flat,
+        Gamma,
         Gradient,
         Identity,
+        Join,
+        Pass,
         Rule,
         StatisticConstant,
         Taylor,
         Uniform,
         Winner,
+        WSquare,
+        ZBox,
+        ZPlus,
     )
     from attnlrp_fx.targets import Contrast, Logit, LogProb
+    from attnlrp_fx.tuning import tune
 
 __version__ = "0.1.0"
 
 __all__ = [
     "COMPOSITES",
+    "AlphaBeta",
     "Attention",
     "AttnLRPError",
     "BackendError",
     "CaptureError",
+    "Comparison",
     "Composite",
     "Constant",
     "Contrast",
+    "Curves",
+    "Display",
     "Epsilon",
     "ExplainableGraphModule",
     "Explained",
     "Explanation",
+    "Flat",
+    "Gamma",
     "Gradient",
     "Identity",
     "InputError",
+    "Join",
     "Ledger",
     "LogProb",
     "Logit",
@@ -70,21 +89,31 @@ __all__ = [
     "MissingExtraError",
     "ModelNotFoundError",
     "NonFiniteError",
+    "Pass",
     "PassError",
+    "Perturbation",
     "Rule",
     "RuleError",
     "StatisticConstant",
     "TargetError",
     "Taylor",
     "Uniform",
+    "WSquare",
     "Winner",
+    "ZBox",
+    "ZPlus",
     "compile",
+    "epsilon_gamma_box",
     "explain",
+    "explain_image",
+    "perturbation_curves",
+    "tune",
 ]
 
 _HOMES = {
-    "compiler": ("compile", "explain"),
-    "composites": ("COMPOSITES", "Composite", "Match"),
+    "comparison": ("Comparison",),
+    "compiler": ("compile", "explain", "explain_image"),
+    "composites": ("COMPOSITES", "Composite", "Match", "epsilon_gamma_box"),
     "errors": (
         "AttnLRPError",
         "BackendError",
@@ -99,21 +128,32 @@ _HOMES = {
     ),
     "explainer": ("ExplainableGraphModule",),
     "explanation": ("Explanation",),
+    "faithfulness": ("Curves", "Perturbation", "perturbation_curves"),
+    "heatmap.display": ("Display",),
     "ledger": ("Ledger",),
     "rules": (
+        "AlphaBeta",
         "Attention",
         "Constant",
         "Epsilon",
         "Explained",
+        "Flat",
+        "Gamma",
         "Gradient",
         "Identity",
+        "Join",
+        "Pass",
         "Rule",
         "StatisticConstant",
         "Taylor",
         "Uniform",
+        "WSquare",
         "Winner",
+        "ZBox",
+        "ZPlus",
     ),
     "targets": ("Contrast", "Logit", "LogProb"),
+    "tuning": ("tune",),
 }
 """Where each name lives. A name is imported when it is first used: PyTorch takes seconds to import,
 and `attnlrp-fx --help` has no use for it."""

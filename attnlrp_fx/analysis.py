@@ -1,27 +1,16 @@
-"""Which values lie on the way from explained inputs to outputs, and what role they play.
+"""Which values lie on the way from explained inputs to outputs.
 
 Only floating tensors carry relevance: masks, positions and rotary tables depend on shapes and
 integers, and are constants. A value is explained if it is floating, depends on a source, and
 reaches an output.
 """
 
-from collections.abc import Set
 from typing import Any
 
 from torch import Tensor, fx
 
 from attnlrp_fx import ops
-from attnlrp_fx.operators import (
-    Kind,
-    explained_factors,
-    is_shape_only,
-    is_structural,
-    kind_of,
-    leaves,
-    value_inputs,
-)
-
-WEIGHTS, GATE = "weights", "gate"
+from attnlrp_fx.operators import is_shape_only, value_inputs
 
 
 def explained_values(graph: fx.Graph) -> set[fx.Node]:
@@ -48,31 +37,12 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def roles(graph: fx.Graph, explained: Set[fx.Node]) -> dict[fx.Node, str]:
-    """The role of softmaxes and activations that multiply another explained value.
-
-    In a product of two explained factors, the factor that is a softmax is the "weights"; if there
-    is none, the one factor that is an activation is the "gate". Two activations are equals.
-    """
-    found: dict[fx.Node, str] = {}
+def parameter_values(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose values depend on parameters, buffers and constants alone."""
+    found: set[fx.Node] = set()
     for node in graph.nodes:
-        factors = explained_factors(node, explained)
-        if len(factors) != 2 or factors[0] is factors[1]:
-            continue
-        producers = [_producer(factor, explained) for factor in factors]
-        kinds = [kind_of(p, explained) for p in producers]
-        for kind, role in ((Kind.SOFTMAX, WEIGHTS), (Kind.ACTIVATION, GATE)):
-            if kinds.count(kind) == 1:
-                found[producers[kinds.index(kind)]] = role
-                break
+        inputs = node.all_input_nodes
+        is_call = node.op == "call_function" and bool(inputs)
+        if node.op == "get_attr" or (is_call and all(leaf in found for leaf in inputs)):
+            found.add(node)
     return found
-
-
-def _producer(node: fx.Node, explained: Set[fx.Node]) -> fx.Node:
-    """The node that computed a value, views and casts skipped."""
-    while is_structural(node):
-        inputs = [leaf for leaf in leaves(node.args) if leaf in explained]
-        if len(inputs) != 1:
-            return node
-        node = inputs[0]
-    return node

@@ -4,7 +4,7 @@ Names are the model's own, so what the model holds now is what the program runs 
 only the captured graph has are moved to the program's device once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,3 +64,43 @@ def _read(root: nn.Module, target: str) -> Any:
     for part in target.split("."):
         value = getattr(value, part, None)
     return value
+
+
+class Derived:
+    """Values that a program computes from parameters alone, kept until a parameter changes.
+
+    Args:
+        inputs: names of the parameters.
+        names: names of the values.
+        run: parameters → values.
+
+    A change is what PyTorch counts: an in-place op, an optimiser's step, `load_state_dict`, another
+    tensor in the parameter's place. What is written through `.data` it does not count.
+    """
+
+    def __init__(
+        self, inputs: Sequence[str], names: Sequence[str], run: Callable[..., Any]
+    ) -> None:
+        self._inputs, self._names, self._run = inputs, names, run
+        self._made_of: list[Any] | None = None
+        self._values: list[Tensor] = []
+
+    def values(self, attributes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values by name."""
+        inputs = [attributes[name] for name in self._inputs]
+        versions = [_version(tensor) for tensor in inputs]
+        if self._made_of is None or None in versions or versions != self._made_of:
+            self._values = list(self._run(*inputs))
+            self._made_of = versions
+        return dict(zip(self._names, self._values, strict=True))
+
+    def forget(self) -> None:
+        """Compute the values anew at the next call."""
+        self._made_of = None
+
+
+def _version(tensor: Tensor) -> tuple[int, int, int] | None:
+    """What changes with a tensor's values; None where PyTorch does not count changes."""
+    if tensor.is_inference():
+        return None
+    return id(tensor), tensor.data_ptr(), tensor._version

@@ -1,4 +1,4 @@
-"""The command line: `attnlrp-fx explain "some text"`.
+"""The command line: `attnlrp-fx explain "some text"`, or images.
 
 Standard output gets the explanation and nothing else; progress and errors go to standard error.
 Exit codes: 0 done, 1 an error of ours (one line: what, why, what to do), 2 wrong usage.
@@ -31,18 +31,19 @@ from attnlrp_fx.errors import (
     PassError,
     RuleError,
 )
-from attnlrp_fx.loading import DTYPES, TASKS, load, quiet
-from attnlrp_fx.questions import check_texts, inputs_of, target_of
+from attnlrp_fx.loading import DTYPES, EMBEDDED, IMAGES, TASKS, load, quiet, task_of
+from attnlrp_fx.questions import check_images, check_texts, inputs_of, target_of
 
 if TYPE_CHECKING:
     from attnlrp_fx.explanation import Explanation
+    from attnlrp_fx.heatmap import Display
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Why did a transformer say that? Attributes what it says to the tokens that it read.",
+    help="Why did a model say that? Attributes what it says to the tokens or pixels that it read.",
 )
 
 FIGURES = (".png", ".svg", ".pdf")
@@ -66,21 +67,25 @@ def main(
         ),
     ] = False,
 ) -> None:
-    """Why did a transformer say that? Attributes what it says to the tokens that it read."""
+    """Why did a model say that? Attributes what it says to the tokens or pixels that it read."""
 
 
 @app.command()
 def explain(
-    texts: Annotated[
+    given: Annotated[
         list[str],
-        typer.Argument(metavar="TEXT", help="What the model reads; several make a batch."),
+        typer.Argument(
+            metavar="TEXT|IMAGE",
+            help="What the model reads: texts, or files of images; several make a batch.",
+        ),
     ],
     model: Annotated[
         str | None,
         typer.Option(
             metavar="DIR_OR_NAME",
-            help="A directory written by save_pretrained, or a name on the model hub. "
-            "[dim]\\[default: a small sentiment classifier in this package][/dim]",
+            help="A directory written by save_pretrained, a name on the model hub, or one in this "
+            f"package: {', '.join(EMBEDDED)}. [dim]\\[default: the first, of images the "
+            "second][/dim]",
             rich_help_panel="Model",
         ),
     ] = None,
@@ -151,13 +156,14 @@ def explain(
         ),
     ] = None,
     composite: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
-            help="attnlrp, cp-lrp or gradient; [bold]attnlrp-fx composites[/bold] lists them.",
+            help="attnlrp, cp-lrp, gradient, ...; [bold]attnlrp-fx composites[/bold] lists them. "
+            "[dim]\\[default: attnlrp, of images attnlrp-vision][/dim]",
             rich_help_panel="Method",
         ),
-    ] = "attnlrp",
+    ] = None,
     backend: Annotated[
         str,
         typer.Option(
@@ -196,6 +202,14 @@ def explain(
             metavar="FILE", help=f"Write a picture: {', '.join(FIGURES)}.", rich_help_panel="Output"
         ),
     ] = None,
+    smooth: Annotated[
+        float,
+        typer.Option(
+            metavar="PIXELS",
+            help="Smooth the heat maps of images in --html and --figure; sums stay.",
+            rich_help_panel="Output",
+        ),
+    ] = 0.0,
     audit: Annotated[
         bool,
         typer.Option(
@@ -220,14 +234,17 @@ def explain(
         typer.Option("--debug", help="Print an error's traceback.", rich_help_panel="Output"),
     ] = False,
 ) -> None:
-    """Explain what a model says about a text.
+    """Explain what a model says about a text or an image.
 
     \b
     attnlrp-fx explain "a gripping, funny film"
     attnlrp-fx explain --model ./my-model --target " Paris" "The capital of France is"
+    attnlrp-fx explain --task image-classification digit.png --figure why.png
     """
     with _one_line_errors(debug), _no_collection():
-        check_texts(texts)
+        check_texts(given)
+        if task == IMAGES:
+            check_images(given)
         for path in (html, json, figure):
             _check_writable(path)
         if figure is not None and figure.suffix.lower() not in FIGURES:
@@ -235,29 +252,40 @@ def explain(
                 f"'{figure}' is no format for a picture",
                 remedy=f"end its name with one of: {', '.join(FIGURES)}",
             )
+        if smooth and html is None and figure is None:
+            raise InputError(
+                "--smooth has no picture to smooth",
+                remedy="add --html or --figure, or leave it out",
+            )
         with _stages(quietly) as stage:
             stage("importing PyTorch")
             from attnlrp_fx.backends import backend_named
             from attnlrp_fx.compiler import compile
             from attnlrp_fx.composites import composite_named
+            from attnlrp_fx.heatmap import Display
 
-            composite_named(composite)
+            composite_named(composite or "attnlrp")
             backend_named(backend)
+            display = Display(smooth)
             stage("loading the model")
-            loaded, tokenizer = load(model, task, device, dtype)
+            loaded, reader = load(model, task, device, dtype)
+            reads_images = task_of(loaded) == IMAGES
+            if smooth and not reads_images:
+                raise InputError("this model reads no images", remedy="leave --smooth out")
             with quiet():
-                inputs = inputs_of(loaded, tokenizer, texts, context, decoder_text)
-                wanted = target_of(loaded, tokenizer, target, position, contrast or [])
+                inputs = inputs_of(loaded, reader, given, context, decoder_text)
+                wanted = target_of(loaded, reader, target, position, contrast or [])
                 explainer = compile(
                     loaded,
                     inputs,
-                    composite=composite,
+                    composite=composite or ("attnlrp-vision" if reads_images else "attnlrp"),
                     target=wanted,
                     backend=backend,
                     fallback=fallback,
                     positions=positions,
                     audit=audit,
-                    tokenizer=tokenizer,
+                    tokenizer=None if reads_images else reader,
+                    processor=reader if reads_images else None,
                     dynamic_shapes="auto" if positions else None,  # else sizes equal by chance
                     on_stage=stage,
                 )
@@ -265,7 +293,7 @@ def explain(
                 explanation = explainer(inputs)
             if html or json or figure:
                 stage("writing")
-                _write(explanation, html, json, figure)
+                _write(explanation, display, html, json, figure)
         console = Console(highlight=False)
         console.print(explanation)
         if audit:
@@ -315,12 +343,16 @@ def _check_writable(path: Path | None) -> None:
 
 
 def _write(
-    explanation: "Explanation", html: Path | None, json: Path | None, figure: Path | None
+    explanation: "Explanation",
+    display: "Display",
+    html: Path | None,
+    json: Path | None,
+    figure: Path | None,
 ) -> None:
     """Write what was asked for, each file whole or not at all."""
     if figure is not None:
         picture = BytesIO()
-        explanation.figure().savefig(picture, format=figure.suffix[1:].lower())
+        explanation.figure(display).savefig(picture, format=figure.suffix[1:].lower())
         goal = figure.resolve()
         draft = goal.with_name(f".{goal.name}.{uuid.uuid4().hex}.tmp")
         try:
@@ -331,7 +363,7 @@ def _write(
     if json is not None:
         explanation.to_json(json)
     if html is not None:
-        explanation.to_html(html)
+        explanation.to_html(html, display)
 
 
 # What is said meanwhile

@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from attnlrp_fx.errors import AttnLRPError, RuleError
 from attnlrp_fx.functionalise import relax_views
 from attnlrp_fx.operators import aten, is_op
-from attnlrp_fx.partition import SEED, split
+from attnlrp_fx.partition import SEED, hoist, split
 from attnlrp_fx.provenance import describe
 from attnlrp_fx.tape import Tape
 from attnlrp_fx.torch_private import fake_mode_of
@@ -49,7 +49,17 @@ class Program:
     """The nodes whose sums the program returns, empty unless audited."""
     forward: fx.GraphModule
     relevance: fx.GraphModule
+    derived: fx.GraphModule | None
+    """Attributes → what depends on them alone, if that is kept from call to call."""
     device: torch.device
+
+    @property
+    def derived_names(self) -> tuple[str, ...]:
+        """What both sides call the derived values."""
+        if self.derived is None:
+            return ()
+        (values,) = self.derived.graph.output_node().args
+        return tuple(f"derived:{node.name}" for node in values)  # type: ignore[union-attr]
 
 
 def emit(
@@ -61,6 +71,7 @@ def emit(
     captured_device: torch.device,
     audit: bool = False,
     recompute: bool = True,
+    keep_derived: bool = False,
 ) -> Program:
     """Trace the tape of a rewritten graph into a program.
 
@@ -72,6 +83,7 @@ def emit(
         captured_device: where the model was captured; constants created there move along.
         audit: whether the program also returns the ledger's sums.
         recompute: whether the relevance side may compute cheap values again, see `split`.
+        keep_derived: whether what depends on parameters alone is taken out of both sides.
     """
     graph = rewritten.graph
     placeholders = graph.find_nodes(op="placeholder")
@@ -114,10 +126,11 @@ def emit(
         except Exception as error:
             raise _untraceable(error, *traced_last[0]) from error
     names = [str(node.target) for node in placeholders]
-    _name_inputs(traced, [*attributes, *names, *(f"{SEED}{i}" for i in seeded)])
+    _name_inputs(traced, [*attributes, *names, *(f"{SEED}{i}" for i in seeded)], len(attributes))
     _clean(traced)
     _check_pure(traced)
-    forward, relevance = split(traced, len(outputs), recompute)
+    rest, derived = hoist(traced) if keep_derived else (traced, None)
+    forward, relevance = split(rest, len(outputs), recompute)
     return Program(
         graph_module=traced,
         attributes=tuple(attributes),
@@ -128,6 +141,7 @@ def emit(
         audited=tuple(audited),
         forward=forward,
         relevance=relevance,
+        derived=derived,
         device=device,
     )
 
@@ -158,15 +172,15 @@ def _annotate(node: fx.Node, phase: str) -> Iterator[None]:
         yield
 
 
-def _name_inputs(program: fx.GraphModule, names: Sequence[str]) -> None:
-    """Give a traced program flat inputs, each named for what it is."""
+def _name_inputs(program: fx.GraphModule, names: Sequence[str], attributes: int) -> None:
+    """Give a traced program flat inputs, each named for what it is, attributes first."""
     program.graph.set_codegen(fx.graph.CodeGen())
     placeholders = program.graph.find_nodes(op="placeholder")
-    for node, name in zip(placeholders, names, strict=True):
+    for i, (node, name) in enumerate(zip(placeholders, names, strict=True)):
         readable = re.sub(r"\W", "_", name)
         node._rename(f"_{readable}" if readable[0].isdigit() else readable)
         node.target = node.name
-        node.meta["name"] = name
+        node.meta |= {"name": name, "attribute": i < attributes}
 
 
 def _clean(program: fx.GraphModule) -> None:

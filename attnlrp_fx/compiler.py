@@ -1,11 +1,11 @@
 """`compile` and `explain`: from a model to an explainable graph module."""
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import nn
 from torch.export import ExportedProgram
 
 from attnlrp_fx.backends import Backend, backend_named
@@ -14,10 +14,10 @@ from attnlrp_fx.composites import Composite, composite_named
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.explainer import ExplainableGraphModule, ExplainerOptions, Stage
 from attnlrp_fx.explanation import Explanation
+from attnlrp_fx.heatmap import Normalisation
 from attnlrp_fx.labels import Labels
-from attnlrp_fx.passes import PIPELINE, Pass, PassContext, PassResult, run_passes
-from attnlrp_fx.provenance import module_path, short_source, target_name
-from attnlrp_fx.report import Report, RuleCount
+from attnlrp_fx.passes import PIPELINE, Pass, PassContext
+from attnlrp_fx.rewriting import rewrite
 from attnlrp_fx.targets import TargetLike, as_target
 
 
@@ -32,8 +32,10 @@ def compile(
     explain: Sequence[str] | None = None,
     positions: bool = False,
     audit: bool = False,
+    derived_weights: str = "recompute",
     fallback: str = "error",
     tokenizer: Any = None,
+    processor: Any = None,
     passes: tuple[Pass, ...] = PIPELINE,
     on_stage: Stage | None = None,
 ) -> ExplainableGraphModule:
@@ -56,16 +58,21 @@ def compile(
         positions: whether the share of learned and rotary positions is explained too, summed into
             the tokens that stand there (PA-LRP, Bakish et al. 2025), or held constant.
         audit: whether explanations carry the ledger of where relevance went.
+        derived_weights: what becomes of values made of parameters alone, as |W| under a γ rule:
+            "recompute" at every explanation, or "keep", which is faster and takes the memory that
+            the report states; see `ExplainableGraphModule.refresh`.
         fallback: what becomes of an op that no rule claims: "error", or "gradient" to use the
             op's own gradient and say so in the report.
         tokenizer: gives explanations their tokens.
+        processor: gives explanations their images as they were: an image processor, or anything
+            with `image_mean` and `image_std`.
         passes: the pipeline; a longer tuple adds passes of your own.
         on_stage: called with a line of text at each slow step.
 
     Raises:
         CaptureError: the model cannot be captured.
         InputError: the inputs do not fit the model's forward, or none can be explained; or
-            positions are to be, and there are none.
+            positions are to be, and there are none; or what the processor does cannot be undone.
         RuleError: no rule claims an op.
         TargetError: the default target does not exist.
         BackendError: the backend is unknown or failed.
@@ -82,35 +89,32 @@ def compile(
     backend_named(backend)
     if fallback not in ("error", "gradient"):
         raise InputError(f"fallback is '{fallback}'", remedy="use 'error' or 'gradient'")
+    if derived_weights not in ("recompute", "keep"):
+        raise InputError(
+            f"derived_weights is '{derived_weights}'", remedy="use 'recompute' or 'keep'"
+        )
+    normalisation = None if processor is None else Normalisation.of(processor)
     stage("capturing the model")
     start = time.perf_counter()
     captured = capture(model, inputs, dynamic_shapes)
     seconds = time.perf_counter() - start
     stage("rewriting the graph")
-    rewritten = _copy(captured.graph_module)
     context = PassContext(
         tuple(explain) if explain is not None else None, composite, fallback, positions
     )
-    results = run_passes(rewritten, context, passes)
-    report = Report(
-        composite=composite.name,
-        backend=backend if isinstance(backend, str) else getattr(backend, "__name__", "custom"),
-        capture_seconds=seconds,
-        nodes=len(captured.graph_module.graph.nodes),
-        notes=captured.notes,
-        passes=tuple(results),
-        rules=_rule_counts(rewritten),
-        fallbacks=_fallbacks(results),
-    )
+    rewriting = rewrite(captured, context, passes)
     module = captured.graph_module if isinstance(model, ExportedProgram) else model
     options = ExplainerOptions(
         backend=backend,
         target=as_target(target),
         audit=audit,
+        derived_weights=derived_weights,
         labels=Labels(tokenizer, getattr(getattr(model, "config", None), "id2label", None)),
+        normalisation=normalisation,
         on_stage=on_stage,
     )
-    return ExplainableGraphModule(module, captured, rewritten, report, options).prepare()
+    explainer = ExplainableGraphModule(module, captured, rewriting, options, seconds)
+    return explainer.prepare()
 
 
 def explain(
@@ -156,6 +160,82 @@ def explain(
     return explanation
 
 
+def explain_image(
+    model: nn.Module,
+    processor: Any,
+    image: Any,
+    *,
+    composite: str | Composite = "attnlrp-vision",
+    backend: str | Backend = "eager",
+    dynamic_shapes: str | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Explanation:
+    """Explain a model's output on an image, or on several, in one line.
+
+    Compiles the model for this one call; to explain more, keep what `compile` returns.
+
+    Args:
+        model: a transformers model in evaluation mode.
+        processor: its image processor.
+        image: one image (as of `PIL.Image`), or a list of them.
+        composite: as in `compile`; γ in convolutions and linear layers.
+        backend: as in `compile`; "eager" is ready at once.
+        dynamic_shapes: as in `compile`; None is ready soonest, and serves these images only.
+        **options: anything else that `compile` takes.
+
+    Raises:
+        InputError: there is no image, or one that the processor cannot read.
+    """
+    inputs = preprocess(processor, image, getattr(model, "dtype", None))
+    explainer = compile(
+        model,
+        inputs,
+        composite=composite,
+        backend=backend,
+        dynamic_shapes=dynamic_shapes,
+        processor=processor,
+        **options,
+    )
+    explanation: Explanation = explainer(inputs)
+    return explanation
+
+
+def preprocess(processor: Any, image: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Images as one batch for a model, in as many channels as the processor has means for.
+
+    Args:
+        processor: an image processor of transformers.
+        image: one image, or a list of them.
+        dtype: of the model; None: as the processor makes them.
+
+    Raises:
+        InputError: there is no image, or one that the processor cannot read.
+    """
+    images = list(image) if isinstance(image, list | tuple) else [image]
+    if not images:
+        raise InputError("there is no image to explain")
+    mean = getattr(processor, "image_mean", None)
+    mode = _MODES.get(len(mean)) if isinstance(mean, Sequence) else None
+    if mode is not None:
+        images = [each.convert(mode) if hasattr(each, "convert") else each for each in images]
+    try:
+        batch = dict(processor(images=images, return_tensors="pt"))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"the processor, a {type(processor).__name__}, cannot read what it was given",
+            why=" ".join(str(error).split()),
+            remedy="pass images of PIL, one or a list of them",
+        ) from error
+    return {
+        name: value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        for name, value in batch.items()
+    }
+
+
+_MODES = {1: "L", 3: "RGB"}
+"""How PIL names images of so many channels."""
+
+
 def tokenize(tokenizer: Any, text: str | Sequence[str]) -> dict[str, Any]:
     """Tokenize texts into one batch, padded on the right.
 
@@ -172,30 +252,3 @@ def tokenize(tokenizer: Any, text: str | Sequence[str]) -> dict[str, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, padding_side="right")
     return dict(batch)
-
-
-def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph once more, on the same parameters."""
-    graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(graph_module.graph, values)
-    graph.output(output)
-    return fx.GraphModule(graph_module, graph)
-
-
-def _rule_counts(rewritten: fx.GraphModule) -> tuple[RuleCount, ...]:
-    """Each rule and op with its count, most frequent first."""
-    counts: Counter[tuple[str, str]] = Counter()
-    first: dict[tuple[str, str], str] = {}
-    for node in rewritten.graph.nodes:
-        if "rule" in node.meta:
-            op = node.meta.get("op", node.target)
-            key = node.meta["rule"], op if isinstance(op, str) else target_name(op)
-            counts[key] += 1
-            first.setdefault(key, f"{module_path(node)} {short_source(node)}".strip())
-    return tuple(RuleCount(*key, n, first[key]) for key, n in counts.most_common())
-
-
-def _fallbacks(results: Sequence[PassResult]) -> tuple[str, ...]:
-    notes = [note for result in results for note in result.notes]
-    return tuple(n.removeprefix("gradient fallback: ") for n in notes if "gradient fallback" in n)

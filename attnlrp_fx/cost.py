@@ -38,6 +38,8 @@ class Cost:
     """The most that intermediates, outputs and saved values take at a time on the forward side."""
     relevance_peak: int
     """The same on the relevance side, with all that the forward side left and the seeds."""
+    derived: int = 0
+    """Values made of parameters alone that are kept from call to call, if they are."""
 
     @property
     def flops(self) -> int:
@@ -47,7 +49,7 @@ class Cost:
     @property
     def peak(self) -> int:
         """The most that parameters and intermediates take at a time."""
-        return self.parameters + max(self.forward_peak, self.relevance_peak)
+        return self.parameters + self.derived + max(self.forward_peak, self.relevance_peak)
 
 
 def program_cost(program: Program, inputs: Mapping[str, Tensor]) -> Cost:
@@ -63,13 +65,16 @@ def program_cost(program: Program, inputs: Mapping[str, Tensor]) -> Cost:
             name: torch.empty(value.shape, dtype=value.dtype, device=program.device)
             for name, value in inputs.items()
         }
+        parts = [part for part in (program.derived, program.forward, program.relevance) if part]
         values |= {
             str(node.meta["name"]): _like(node.meta["val"], program.device)
-            for half in (program.forward, program.relevance)
-            for node in half.graph.find_nodes(op="placeholder")
+            for part in parts
+            for node in part.graph.find_nodes(op="placeholder")
             if node.meta["name"] in program.attributes
         }
         parameters = [values[name] for name in program.attributes if name in values]
+        derived = [] if program.derived is None else _run(program.derived, values).results
+        values |= dict(zip(program.derived_names, derived, strict=True))
         forward = _run(program.forward, values)
         outputs, kept = forward.results[: program.outputs], forward.results[program.outputs :]
         seeds = {f"seed_{i}": torch.empty_like(outputs[i]) for i in program.seeded}
@@ -82,6 +87,7 @@ def program_cost(program: Program, inputs: Mapping[str, Tensor]) -> Cost:
         forward_flops=forward.flops,
         relevance_flops=relevance.flops,
         parameters=sum(_sizes(parameters).values()),
+        derived=sum(_sizes(derived).values()),
         saved=_beside(_sizes(kept), given | _sizes(outputs)),
         forward_peak=forward.peak,
         relevance_peak=relevance.peak + _beside(left, given),

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,17 +10,21 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from attnlrp_fx import ops
-from attnlrp_fx.attributes import Attributes
+from attnlrp_fx.attributes import Attributes, Derived
 from attnlrp_fx.backends import Backend, Runnable, compile_graph
 from attnlrp_fx.capture import Captured, flat_inputs
 from attnlrp_fx.checks import InputChecks, find_non_finite
 from attnlrp_fx.codegen import Program, emit
+from attnlrp_fx.composites import Composite, composite_named
 from attnlrp_fx.cost import Cost, program_cost
 from attnlrp_fx.errors import InputError, TargetError
 from attnlrp_fx.explanation import Explanation
+from attnlrp_fx.heatmap import Normalisation
 from attnlrp_fx.labels import Labels
 from attnlrp_fx.ledger import Ledger, read_ledger
+from attnlrp_fx.masking import Masked
 from attnlrp_fx.report import Compilation, Report
+from attnlrp_fx.rewriting import Rewriting, rewrite
 from attnlrp_fx.targets import Chosen, Outputs, Target, TargetLike, as_target
 
 Stage = Callable[[str], None]
@@ -35,7 +39,11 @@ class ExplainerOptions:
     """The default target of calls; None: the highest logit of the last token."""
     audit: bool = False
     """Whether programs return the ledger."""
+    derived_weights: str = "recompute"
+    """What becomes of values made of parameters alone: "recompute" or "keep"."""
     labels: Labels = field(default_factory=Labels)
+    normalisation: Normalisation | None = None
+    """What explanations undo to show an image."""
     on_stage: Stage | None = None
     """Told what is being done, for progress displays."""
 
@@ -49,6 +57,7 @@ class _Compiled:
     relevance: Runnable
     forward_inputs: tuple[str, ...]
     relevance_inputs: tuple[str, ...]
+    derived: Derived | None
 
 
 class ExplainableGraphModule(nn.Module):
@@ -67,15 +76,27 @@ class ExplainableGraphModule(nn.Module):
         self,
         model: nn.Module,
         captured: Captured,
-        rewritten: fx.GraphModule,
-        report: Report,
+        rewriting: Rewriting,
         options: ExplainerOptions,
+        capture_seconds: float,
     ) -> None:
         super().__init__()
         self.model = model
+        rewritten = rewriting.graph_module
         self._graphs = {"captured": captured.graph_module, "rewritten": rewritten}
         self._convention = captured
-        self._report = report
+        self._rewriting = rewriting
+        backend = options.backend
+        self._report = Report(
+            composite=rewriting.context.composite.name,
+            backend=backend if isinstance(backend, str) else getattr(backend, "__name__", "custom"),
+            capture_seconds=capture_seconds,
+            nodes=len(captured.graph_module.graph.nodes),
+            notes=captured.notes,
+            passes=rewriting.results,
+            rules=rewriting.rule_counts(),
+            fallbacks=rewriting.fallbacks(),
+        )
         self._options = options
         self._target = options.target or as_target(None)
         self._attributes = Attributes(model, rewritten)
@@ -145,16 +166,87 @@ class ExplainableGraphModule(nn.Module):
             )
         values = self._checks.ordered(self._named(args, inputs), device)
         given = dict(zip(self._checks.examples, values, strict=True))
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             explanation, seeds = self._explain(wanted, given, device)
         if check_finite:
             find_non_finite(self.rewritten, self._attributes.values(device), given, seeds)
         return explanation
 
+    def target_values(
+        self,
+        *args: Any,
+        keep: Mapping[str, Tensor] | None = None,
+        target: TargetLike = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """The target's value of each row where parts of the explained inputs are zero.
+
+        Runs the graph op by op, forward only.
+
+        Args:
+            *args: as in a call.
+            keep: by explained input, bool, in the shape of its relevance or one that broadcasts to
+                it: false for elements that are zero (of tokens, their embeddings).
+            target: as in a call.
+            **inputs: as in a call.
+
+        Returns:
+            (batch,), float32 or better.
+
+        Raises:
+            InputError: the inputs do not fit, or what is to be zero is not explained.
+            TargetError: the outputs do not have the target.
+        """
+        device = self._attributes.device()
+        values = self._checks.ordered(self._named(args, inputs), device)
+        given = dict(zip(self._checks.examples, values, strict=True))
+        sources = {n.kwargs["name"] for n in self.rewritten.graph.nodes if n.target is ops.source}
+        for name in keep or {}:
+            if name not in sources:
+                raise InputError(
+                    f"'{name}' is not explained, so nothing of it can be zero",
+                    remedy=f"choose from: {', '.join(sorted(map(str, sources)))}",
+                )
+        moved = device if device != self._captured_device else None
+        with torch.no_grad():
+            attributes = self._attributes.values(device)
+            flat = Masked(self.rewritten, keep or {}, attributes, moved).run(*values)
+            wanted = self._target if target is None else as_target(target)
+            return wanted.choose(self._outputs(flat, given)).value
+
     def prepare(self) -> "ExplainableGraphModule":
         """Compile the program of the default target now rather than at the first call."""
         self._compiled(self._default_seeds(), self._attributes.device())
         return self
+
+    def with_composite(self, composite: str | Composite) -> "ExplainableGraphModule":
+        """The same model compiled with other rules, without capturing it again.
+
+        Raises:
+            RuleError: there is no composite of that name, no rule of it claims an op, or a rule
+                stands at an op that it does not fit.
+
+        Example:
+            >>> import torch, attnlrp_fx
+            >>> x, mlp = torch.ones(2, 3), torch.nn.Sequential(torch.nn.Linear(3, 4)).eval()
+            >>> plain = attnlrp_fx.compile(mlp, x, backend="eager")
+            >>> plain.with_composite("attnlrp-vision").report().composite
+            'attnlrp-vision'
+        """
+        context = replace(self._rewriting.context, composite=composite_named(composite))
+        rewriting = rewrite(self._convention, context, self._rewriting.passes)
+        made = ExplainableGraphModule(self.model, self._convention, rewriting, self._options, 0.0)
+        return made.prepare()
+
+    def refresh(self) -> None:
+        """Compute kept derived weights anew at the next call.
+
+        Needed only with `derived_weights="keep"`, after writing to parameters in a way that
+        PyTorch does not count: through `.data`, or from outside of PyTorch.
+        """
+        for compiled in self._programs.values():
+            if compiled.derived is not None:
+                compiled.derived.forget()
 
     def cost(self, *args: Any, device: torch.device | str | None = None, **inputs: Any) -> Cost:
         """What explaining a batch takes, in operations and memory; nothing is computed.
@@ -192,6 +284,8 @@ class ExplainableGraphModule(nn.Module):
         compiled = self._compiled(seeded, device)
         values: dict[str, Tensor] = {**self._attributes.values(device), **given}
         self._attributes.check_dtypes(values)
+        if compiled.derived is not None:
+            values |= compiled.derived.values(values)
         produced = compiled.forward(*[values[name] for name in compiled.forward_inputs])
         flat = produced[: compiled.program.outputs]
         chosen, seeds = self._seed(target, flat, given)
@@ -222,6 +316,8 @@ class ExplainableGraphModule(nn.Module):
             mask=labels.masks(given, relevance),
             ledger=ledger,
             labels=labels.of_index(chosen.index, classes, is_token),
+            target_index=chosen.index,
+            normalisation=self._options.normalisation,
         )
         return explanation, seeds
 
@@ -306,6 +402,7 @@ class ExplainableGraphModule(nn.Module):
             compile_graph(program.relevance, backend),
             _input_names(program.forward),
             _input_names(program.relevance),
+            self._derived(program, backend),
         )
         self._report.compilations.append(
             Compilation(
@@ -314,9 +411,16 @@ class ExplainableGraphModule(nn.Module):
                 nodes=len(program.graph_module.graph.nodes),
                 emit_seconds=traced - start,
                 backend_seconds=time.perf_counter() - traced,
+                derived_bytes=_derived_bytes(program),
             )
         )
         return compiled
+
+    def _derived(self, program: Program, backend: str | Backend) -> Derived | None:
+        if program.derived is None:
+            return None
+        run = compile_graph(program.derived, backend)
+        return Derived(_input_names(program.derived), program.derived_names, run)
 
     def _emit(self, seeded: tuple[int, ...], device: torch.device) -> Program:
         """Trace the program for some seeds on a device."""
@@ -328,6 +432,7 @@ class ExplainableGraphModule(nn.Module):
             captured_device=self._captured_device,
             audit=self._options.audit,
             recompute=self._options.backend != "eager",
+            keep_derived=self._options.derived_weights == "keep",
         )
 
     def _classes(self, flat: Sequence[Any], seeded: Sequence[int]) -> tuple[int, bool]:
@@ -367,6 +472,13 @@ def _kind(target: Target) -> tuple[Any, ...]:
 
 def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+
+
+def _derived_bytes(program: Program) -> int:
+    if program.derived is None:
+        return 0
+    (values,) = program.derived.graph.output_node().args
+    return sum(int(v.meta["val"].numel()) * v.meta["val"].itemsize for v in values)  # type: ignore[union-attr]
 
 
 def _input_names(graph_module: fx.GraphModule) -> tuple[str, ...]:

@@ -20,9 +20,10 @@ from torch.export import ExportedProgram, default_decompositions
 from attnlrp_fx.mutations import drop_mutations, is_mutable
 from attnlrp_fx.operators import aten, is_known, is_op, packet
 
-KEPT = (aten.linspace, aten.logspace)
-"""Ops that make constants, whose decompositions round otherwise than their kernels do."""
-LOOKUPS = ("embedding", "index", "index_select")
+KEPT = (aten.linspace, aten.logspace, aten.embedding_bag)
+"""Ops that make constants, whose decompositions round otherwise than their kernels do, and bags of
+embeddings, which a pass takes apart."""
+LOOKUPS = ("embedding", "embedding_bag", "index", "index_select")
 
 
 def functional(exported: ExportedProgram) -> fx.GraphModule:

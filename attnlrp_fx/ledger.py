@@ -18,9 +18,10 @@ from rich.table import Table
 from torch import Tensor, fx
 
 from attnlrp_fx import ops
+from attnlrp_fx.calls import Call, Shares, parts_of
 from attnlrp_fx.operators import is_structural_op, product_of
 from attnlrp_fx.provenance import module_path, source_line
-from attnlrp_fx.pullbacks import Call, parts_of, stabilised
+from attnlrp_fx.pullbacks import stabilised
 from attnlrp_fx.quotients import intercept
 
 TOKENS_MOVED, CONSTANT_TOKENS = "Move()", "tokens that the model puts in"
@@ -28,22 +29,57 @@ TOKENS_MOVED, CONSTANT_TOKENS = "Move()", "tokens that the model puts in"
 
 
 def node_sums(
-    relevance_op: ops.Op, call: Call, output: Any, c: Any, pulled: Sequence[Tensor | None]
+    relevance_op: ops.Op, call: Call, output: Any, c: Any, shares: Shares, r: Any = None
 ) -> Tensor:
     """What one node receives, passes on and absorbs.
+
+    Args:
+        relevance_op: the op that stands there.
+        call: the op that it wraps.
+        output: its value.
+        c: the coefficient that its pullback took on; None if there was none.
+        shares: what it handed on.
+        r: relevance that it handed on as it came, if it did.
 
     Returns:
         float64 tensor (3,): Σ y·c_y, Σ x·c_x over the explained inputs, absorbed.
     """
+    nothing = torch.zeros((), dtype=torch.float64, device=call.primals[0].device)
+    lost = nothing if shares.absorbed is None else shares.absorbed
+    arrived = nothing if r is None else sum((_total(part) for part in parts_of(r)), start=nothing)
+    handed = sum((_total(part) for part in shares.relevance if part is not None), start=nothing)
+    sums = torch.stack([arrived + lost, handed, arrived - handed + lost])
+    if c is None:
+        return sums
     outputs, cs = parts_of(output), parts_of(c)
     received = sum_of(outputs, cs)
-    passed = sum_of(call.primals, pulled)
+    passed = sum_of(call.primals, shares.coefficients)
     by_design = relevance_op in (ops.taylor, ops.gradient) or (
         relevance_op is ops.attention
-        and (call.parameters.get("weights", 0.5) > 0 or not any(p is not None for p in pulled))
+        and (
+            call.parameters.get("weights", 0.5) > 0
+            or not any(p is not None for p in shares.coefficients)
+        )
     )
     absorbed = received - passed if by_design else _absorbed(relevance_op, call, outputs, cs)
+    return sums + torch.stack([received, passed, absorbed])
+
+
+def shared_sums(call: Call, output: Any, c: Any, r: Any, shares: Shares) -> Tensor:
+    """The same of a rule that reads relevance itself, and says what it absorbs."""
+    nothing = torch.zeros((), dtype=torch.float64, device=call.primals[0].device)
+    received = nothing if c is None else sum_of(parts_of(output), parts_of(c))
+    if r is not None:
+        received = received + sum(_total(part) for part in parts_of(r))
+    passed = sum((_total(part) for part in shares.relevance if part is not None), start=nothing)
+    if shares.coefficients:
+        passed = passed + sum_of(call.primals, shares.coefficients)
+    absorbed = nothing if shares.absorbed is None else shares.absorbed
     return torch.stack([received, passed, absorbed])
+
+
+def _total(relevance: Tensor) -> Tensor:
+    return relevance.sum(dtype=torch.float64)
 
 
 def sum_of(values: Sequence[Tensor], coefficients: Sequence[Tensor | None]) -> Tensor:

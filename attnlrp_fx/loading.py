@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer, from a directory, the hub or this package, for a command line.
+"""Load a model and what prepares its inputs, from a directory, the hub or this package.
 
 A model's class is the one that its configuration names, or that of a task. What does not load
 raises one error with one cause; transformers' own warnings and progress bars stay silent.
@@ -13,34 +13,56 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from attnlrp_fx.errors import InputError, ModelNotFoundError
+from attnlrp_fx.errors import InputError, MissingExtraError, ModelNotFoundError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-TASKS: Mapping[str, tuple[str, str]] = {
-    "text-classification": (
+IMAGES = "image-classification"
+"""The task whose inputs are images; those of the others are texts."""
+
+
+class Task(NamedTuple):
+    """What transformers has for a task."""
+
+    model: str
+    """The class that loads a model for it."""
+    listed: str
+    """The table of the models that do it."""
+    embedded: str = "sentiment"
+    """The model of this package that is loaded if none is named."""
+
+
+TASKS: Mapping[str, Task] = {
+    "text-classification": Task(
         "AutoModelForSequenceClassification",
         "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     ),
-    "token-classification": (
+    "token-classification": Task(
         "AutoModelForTokenClassification",
         "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     ),
-    "question-answering": (
+    "question-answering": Task(
         "AutoModelForQuestionAnswering",
         "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
     ),
-    "text-generation": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
-    "text2text-generation": (
+    "text-generation": Task("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    "text2text-generation": Task(
         "AutoModelForSeq2SeqLM",
         "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     ),
+    IMAGES: Task(
+        "AutoModelForImageClassification",
+        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        "digits_transformer",
+    ),
 }
-"""Each task's class in transformers, and transformers' own table of the models that do it."""
+
+EMBEDDED = ("sentiment", "digits_transformer", "digits_convolutional")
+"""The models in this package, by name: of film reviews, and two of images of digits."""
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -54,11 +76,11 @@ def load(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> tuple["PreTrainedModel", Any]:
-    """A model in evaluation mode, and its tokenizer.
+    """A model in evaluation mode, and its tokenizer, or its image processor if it reads images.
 
     Args:
-        model: a directory, or a name on the model hub; None: the model in this package. What looks
-            like a path is never looked for on the hub.
+        model: a directory, one of `EMBEDDED`, or a name on the model hub; None: the model in this
+            package for the task. What looks like a path is never looked for on the hub.
         task: one of `TASKS`; None: the class that the model's configuration names.
         device: where the model goes, as torch writes it.
         dtype: one of `DTYPES`, whatever the weights are stored in.
@@ -66,6 +88,7 @@ def load(
     Raises:
         ModelNotFoundError: there is no such model, its files do not load, or it lacks the weights
             that the task needs.
+        MissingExtraError: the model reads images, and pillow is not installed.
         InputError: an unknown task, device or dtype.
     """
     if task is not None and task not in TASKS:
@@ -73,11 +96,13 @@ def load(
     place, number = _device(device), _dtype(dtype)
     with ExitStack() as stack:
         stack.enter_context(quiet())
+        if model is None:
+            model = TASKS[task].embedded if task else "sentiment"
         source = stack.enter_context(_source(model))
         local = isinstance(source, Path)
         try:
             return _load(source, task, place, number, local)
-        except ModelNotFoundError:
+        except (ModelNotFoundError, MissingExtraError):
             raise
         except Exception as error:
             raise _not_loaded(model, error, local) from error
@@ -88,8 +113,8 @@ def task_of(model: "PreTrainedModel") -> str | None:
     from transformers.models.auto import modeling_auto
 
     name = type(model).__name__
-    for task, (_, table) in TASKS.items():
-        for listed in getattr(modeling_auto, table).values():
+    for task, known in TASKS.items():
+        for listed in getattr(modeling_auto, known.listed).values():
             if name in ((listed,) if isinstance(listed, str) else listed):
                 return task
     return None
@@ -145,13 +170,13 @@ def _dtype(name: str) -> "torch.dtype":
 
 
 @contextmanager
-def _source(model: str | Path | None) -> Iterator[Path | str]:
+def _source(model: str | Path) -> Iterator[Path | str]:
     """The directory to load from, or a name for the hub."""
-    if model is None:
-        embedded = files("attnlrp_fx") / "embedded" / "sentiment"
+    if model in EMBEDDED:
+        embedded = files("attnlrp_fx") / "embedded" / str(model)
         if not (embedded / "config.json").is_file():
             raise ModelNotFoundError(
-                "this installation lacks the embedded model",
+                f"this installation lacks the embedded model '{model}'",
                 remedy="install attnlrp_fx again, or name a model",
             )
         with as_file(embedded) as directory:
@@ -193,11 +218,11 @@ def _load(
     local: bool,
 ) -> tuple["PreTrainedModel", Any]:
     import transformers
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source, local_files_only=local)
     if task is not None:
-        chosen = getattr(transformers, TASKS[task][0])
+        chosen = getattr(transformers, TASKS[task].model)
     else:
         architecture = next(iter(getattr(config, "architectures", None) or []), None)
         chosen = getattr(transformers, architecture or "", None)
@@ -218,14 +243,42 @@ def _load(
             why=f"{type(loaded).__name__} would get random ones",
             remedy="choose the task that the model was trained for",
         )
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-    return loaded.to(device).eval(), tokenizer
+    return loaded.to(device).eval(), _reader(loaded, source, local)
 
 
-def _not_loaded(model: str | Path | None, error: Exception, local: bool) -> ModelNotFoundError:
+def _reader(model: "PreTrainedModel", source: Path | str, local: bool) -> Any:
+    """What makes a model's inputs: the image processor of one that reads images, or a tokenizer."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    if task_of(model) != IMAGES:
+        return AutoTokenizer.from_pretrained(source, local_files_only=local)
+    need_pillow()
+    # The other backend needs torchvision, and resizes a little differently.
+    return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+        source, local_files_only=local, backend="pil"
+    )
+
+
+def need_pillow() -> None:
+    """Find out whether images can be read.
+
+    Raises:
+        MissingExtraError: pillow is not installed.
+    """
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            "Reading images needs pillow.",
+            why=str(error),
+            remedy="pip install 'attnlrp_fx[image]'",
+        ) from error
+
+
+def _not_loaded(model: str | Path, error: Exception, local: bool) -> ModelNotFoundError:
     """What stopped transformers, in one sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    what = "the embedded model" if model is None else f"model '{model}'"
+    what = f"model '{model}'"
     if local:
         return ModelNotFoundError(
             f"{what} could not be loaded",

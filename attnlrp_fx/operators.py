@@ -155,6 +155,21 @@ SUMS = """
 """.split()
 """Linear ops, beside products, that add several contributions up to each output."""
 
+REARRANGEMENTS = """
+    cat stack hstack vstack concat flip roll repeat repeat_interleave tile pad constant_pad_nd
+    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+    replication_pad3d index index_select gather take take_along_dim where masked_fill
+    masked_scatter masked_select scatter slice_scatter select_scatter diagonal_scatter index_put
+    _unsafe_index index_copy tril triu diag_embed im2col upsample_nearest1d upsample_nearest2d
+    upsample_nearest3d _upsample_nearest_exact2d embedding pixel_shuffle pixel_unshuffle
+    channel_shuffle rot90
+""".split()
+"""Linear ops, beside views and casts, each element of whose output is one of an input or fixed."""
+
+CONVOLUTIONS = """
+    conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d
+""".split()
+
 ELEMENTWISE_LINEAR = """
     add sub rsub neg mul div masked_fill where _to_copy to type_as clone
 """.split()
@@ -195,6 +210,8 @@ SHAPE_LENT = {"expand_as": 1, "view_as": 1, "reshape_as": 1, "type_as": 1, "copy
 _ELEMENTWISE = _packets(ACTIVATIONS + ELEMENTWISE_LINEAR + ELEMENTWISE_SELECTIONS)
 _ELEMENTWISE_SELECTIONS = _packets(ELEMENTWISE_SELECTIONS)
 _STRUCTURAL = _packets(VIEWS + CASTS)
+_REARRANGEMENTS = _packets(VIEWS + CASTS + REARRANGEMENTS)
+_MATRIX_PRODUCTS = frozenset(_PRODUCTS) - _packets(["mul", "addcmul"])
 _CASTS = _packets(CASTS)
 
 
@@ -238,18 +255,33 @@ def is_shape_only(node: fx.Node) -> bool:
 
 def is_elementwise(node: fx.Node) -> bool:
     """Whether a node computes each element of its output from the same element of its inputs."""
-    return node.op == "call_function" and packet(node.target) in _ELEMENTWISE
+    return node.op == "call_function" and is_elementwise_op(node.target)
+
+
+def is_elementwise_op(op: Any) -> bool:
+    """Whether an op computes each element of its output from the same element of its inputs."""
+    return packet(op) in _ELEMENTWISE
 
 
 def adds_up(op: Any) -> bool:
     """Whether an op adds several contributions up to each element of its output."""
     name = packet(op)
-    return name in _SUMS or (name in _PRODUCTS and name is not aten.mul)
+    return name in _SUMS or name in _MATRIX_PRODUCTS
 
 
 def is_matrix_product(op: Any) -> bool:
     """Whether an op multiplies and adds up: a matrix product, a convolution, a linear layer."""
-    return packet(op) in _PRODUCTS and adds_up(op)
+    return packet(op) in _MATRIX_PRODUCTS
+
+
+def is_convolution(op: Any) -> bool:
+    """Whether an op is a convolution or a transposed one, of whatever dimensions."""
+    return packet(op) in _packets_of(*CONVOLUTIONS)
+
+
+def rearranges(op: Any) -> bool:
+    """Whether each element of a linear op's output is an element of an input, or fixed."""
+    return packet(op) in _REARRANGEMENTS or op is operator.getitem
 
 
 def is_cheap(node: fx.Node) -> bool:
@@ -296,13 +328,18 @@ def leaves(argument: Any) -> Iterator[fx.Node]:
             yield from leaves(item)
 
 
-def explained_factors(node: fx.Node, explained: Set[fx.Node]) -> list[fx.Node]:
-    """The factors of a product that are explained, a factor that stands twice counted twice."""
+def factors_of(node: fx.Node) -> list[fx.Node]:
+    """The factors of a product, one that stands twice counted twice; none of any other op."""
     product = product_of(node.target)
     if product is None:
         return []
     positions = [p for p in product.factors if p < len(node.args)]
-    return [leaf for p in positions for leaf in leaves(node.args[p]) if leaf in explained]
+    return [leaf for p in positions for leaf in leaves(node.args[p])]
+
+
+def explained_factors(node: fx.Node, explained: Set[fx.Node]) -> list[fx.Node]:
+    """The factors of a product that are explained."""
+    return [factor for factor in factors_of(node) if factor in explained]
 
 
 def _is_linear_in(node: fx.Node, explained: Set[fx.Node]) -> bool:

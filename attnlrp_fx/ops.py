@@ -86,6 +86,68 @@ def gradient(op: Op, *args: Any, **kwargs: Any) -> Any:
     return op(*args, **kwargs)
 
 
+def gamma(
+    op: Op,
+    *args: Any,
+    gamma: float = 0.25,
+    epsilon: float = 0.0,
+    nonnegative: bool = False,
+    rectified: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """γ rule: contributions of the output's sign count 1 + γ times (eqs. 24, 25).
+
+    `nonnegative` says that the explained input is, `rectified` that no relevance arrives where the
+    output is negative; both only save products.
+    """
+    return op(*args, **kwargs)
+
+
+def alpha_beta(
+    op: Op,
+    *args: Any,
+    positive: float = 1.0,
+    negative: float = 0.0,
+    epsilon: float = 0.0,
+    nonnegative: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """αβ rule: `positive` times the relevance to positive contributions, −`negative` to others."""
+    return op(*args, **kwargs)
+
+
+def flat(op: Op, *args: Any, epsilon: float = 0.0, **kwargs: Any) -> Any:
+    """Flat rule: the same share to every input that an output reads."""
+    return op(*args, **kwargs)
+
+
+def w_square(op: Op, *args: Any, epsilon: float = 0.0, **kwargs: Any) -> Any:
+    """w² rule: shares in proportion to squared weights."""
+    return op(*args, **kwargs)
+
+
+def z_box(
+    op: Op,
+    *args: Any,
+    low: float | tuple[float, ...] = 0.0,
+    high: float | tuple[float, ...] = 1.0,
+    epsilon: float = 0.0,
+    **kwargs: Any,
+) -> Any:
+    """zᴮ rule: contributions are measured from the ends of the range that inputs lie in."""
+    return op(*args, **kwargs)
+
+
+def join(op: Op, *args: Any, split: str = "magnitude", **kwargs: Any) -> Any:
+    """Join of two branches: relevance in proportion to magnitude, or half to each."""
+    return op(*args, **kwargs)
+
+
+def passed(op: Op, *args: Any, **kwargs: Any) -> Any:
+    """Pass rule: the input's relevance is the output's, element by element."""
+    return op(*args, **kwargs)
+
+
 RELEVANCE_OPS: tuple[Op, ...] = (
     linear,
     uniform,
@@ -95,6 +157,13 @@ RELEVANCE_OPS: tuple[Op, ...] = (
     norm,
     attention,
     gradient,
+    gamma,
+    alpha_beta,
+    flat,
+    w_square,
+    z_box,
+    join,
+    passed,
 )
 """The ops that carry a coefficient from their output to their inputs."""
 
@@ -103,7 +172,16 @@ MARKERS: tuple[Op, ...] = (statistic, coefficient, routing)
 """What passes mark for the composite to decide whether it is held constant."""
 
 
-RULE_PARAMETERS: dict[Op, tuple[str, ...]] = {linear: ("epsilon",), attention: ("weights",)}
+RULE_PARAMETERS: dict[Op, tuple[str, ...]] = {
+    linear: ("epsilon",),
+    attention: ("weights",),
+    gamma: ("gamma", "epsilon", "nonnegative", "rectified"),
+    alpha_beta: ("positive", "negative", "epsilon", "nonnegative"),
+    flat: ("epsilon",),
+    w_square: ("epsilon",),
+    z_box: ("low", "high", "epsilon"),
+    join: ("split",),
+}
 """The keyword arguments of a relevance op that belong to the rule."""
 
 

@@ -55,6 +55,54 @@ def split(
     return forward, relevance
 
 
+def hoist(program: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule | None]:
+    """Take out of a program what depends on its attributes alone: |W| and W⁺, merged weights.
+
+    Args:
+        program: placeholders other than seeds and inputs have `meta["attribute"]`.
+
+    Returns:
+        rest: the program with these values as further inputs, named "derived:…";
+        derived: attributes → these values, in that order; None if there are none.
+    """
+    constant: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        inputs = node.all_input_nodes
+        is_call = node.op == "call_function" and bool(inputs)
+        if node.meta.get("attribute") or (is_call and all(leaf in constant for leaf in inputs)):
+            constant.add(node)
+    derived = [n for n in program.graph.nodes if n in constant and _is_derived(n, constant)]
+    if not derived:
+        return program, None
+    alone = _extract(program, _closure(derived), [], derived)
+    rest = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in derived:
+        values[node] = rest.placeholder(f"derived_{node.name}")
+        values[node].meta = {"val": fresh(node.meta["val"]), "name": f"derived:{node.name}"}
+    for node in program.graph.nodes:
+        if node not in values:
+            values[node] = rest.node_copy(node, values.__getitem__)
+    rest.eliminate_dead_code()
+    return fx.GraphModule(program, rest), alone
+
+
+def _is_derived(node: fx.Node, constant: set[fx.Node]) -> bool:
+    """Whether a value of constants is computed, and is read, or a view of it is, by what is not."""
+    if node.op == "placeholder" or not isinstance(node.meta.get("val"), Tensor):
+        return False
+    if is_structural(node) and not is_op(node, "_to_copy", "clone"):
+        return False
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if user not in constant:
+            return True
+        if is_structural(user) and not is_op(user, "_to_copy", "clone"):
+            stack += user.users
+    return False
+
+
 def _closure(nodes: Iterable[fx.Node], until: Sequence[fx.Node] = ()) -> set[fx.Node]:
     """The nodes and everything they are computed from, not looking behind `until`."""
     found: set[fx.Node] = set()

@@ -8,87 +8,16 @@ those of Achtibat et al. 2024 (arXiv 2402.05602).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from attnlrp_fx import ops
+from attnlrp_fx.calls import Call, Explicit, Pullback, vjp
+from attnlrp_fx.contributions import alpha_beta, flat, gamma, join, passed, w_square, z_box
 from attnlrp_fx.operators import aten, packet
 from attnlrp_fx.quotients import quotient
-from attnlrp_fx.transposes import TRANSPOSES, transpose_of
-
-Pullback = Callable[[Any], Sequence[Tensor | None]]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of an op, seen as a function of its explained inputs alone."""
-
-    op: ops.Op
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    primals: tuple[Tensor, ...]
-    """The explained inputs' values, one for each place where one stands."""
-    positions: tuple[int | str, ...]
-    """The argument in which each of them stands."""
-    function: Callable[..., Any]
-    """primals → the op's output."""
-    factors: int
-    """How many of the primals are factors of a product."""
-    is_factor: tuple[bool, ...]
-    parameters: dict[str, Any] = field(default_factory=dict)
-    """The rule's parameters."""
-
-
-def vjp(call: Call) -> tuple[Any, Pullback]:
-    """The op's own vector-Jacobian product, of that op alone."""
-    if packet(call.op) in TRANSPOSES:
-        output = call.function(*call.primals)
-        transpose = transpose_of(call.op, call.args, call.kwargs, call.primals, output)
-        if transpose is not None:
-            return output, transpose
-
-    if getattr(call.op, "namespace", "aten") != "aten":
-        return _by_autograd(call)
-
-    def function(*primals: Tensor) -> tuple[tuple[Tensor, ...], Any]:
-        output = call.function(*primals)
-        return tuple(part for part in parts_of(output) if _is_differentiable(part)), output
-
-    pulled = torch.func.vjp(function, *call.primals, has_aux=True)
-    pull, output = pulled[1], pulled[-1]
-
-    def pullback(c: Any) -> Any:
-        parts = zip(parts_of(c), parts_of(output), strict=True)
-        return pull(tuple(c for c, y in parts if _is_differentiable(y)))
-
-    return output, pullback
-
-
-def _by_autograd(call: Call) -> tuple[Any, Pullback]:
-    """The same for a custom op: functorch cannot differentiate what was registered for one."""
-    with torch.enable_grad():
-        primals = [primal.detach().requires_grad_() for primal in call.primals]
-        tracked = call.function(*primals)
-
-    def pullback(c: Any) -> Any:
-        pairs = zip(parts_of(tracked), parts_of(c), strict=True)
-        outputs, cs = zip(*[(y, c) for y, c in pairs if y.requires_grad], strict=True)
-        return torch.autograd.grad(outputs, primals, cs, retain_graph=True, allow_unused=True)
-
-    return tree_map_only(Tensor, Tensor.detach, tracked), pullback
-
-
-def parts_of(value: Any) -> list[Tensor]:
-    """The outputs of an op, or their coefficients, as a list."""
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _is_differentiable(value: Tensor) -> bool:
-    return value.is_floating_point() or value.is_complex()
 
 
 def _linear(call: Call) -> tuple[Any, Pullback]:
@@ -265,7 +194,7 @@ def _with_constants(call: Call, shares: Sequence[float]) -> Callable[..., Any]:
     return function
 
 
-PULLBACKS: dict[Any, Callable[[Call], tuple[Any, Pullback]]] = {
+PULLBACKS: dict[Any, Callable[[Call], tuple[Any, Pullback | Explicit]]] = {
     ops.linear: _linear,
     ops.uniform: _uniform,
     ops.identity: _identity,
@@ -274,4 +203,11 @@ PULLBACKS: dict[Any, Callable[[Call], tuple[Any, Pullback]]] = {
     ops.norm: _norm,
     ops.attention: _attention,
     ops.gradient: vjp,
+    ops.gamma: gamma,
+    ops.alpha_beta: alpha_beta,
+    ops.flat: flat,
+    ops.w_square: w_square,
+    ops.z_box: z_box,
+    ops.join: join,
+    ops.passed: passed,
 }

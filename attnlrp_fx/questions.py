@@ -1,16 +1,19 @@
 """From the words of a command line to a model's inputs and a target.
 
-A label, a number or the text of a token becomes an index; a question and its context, or what a
-decoder has written so far, become inputs. PyTorch is imported where it is needed.
+A label, a number or the text of a token becomes an index; a question and its context, what a
+decoder has written so far, or the files of images become inputs. PyTorch is imported where it is
+needed.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnlrp_fx.errors import InputError, TargetError
-from attnlrp_fx.loading import TASKS, task_of
+from attnlrp_fx.loading import IMAGES, TASKS, need_pillow, task_of
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -29,19 +32,58 @@ def check_texts(texts: Sequence[str]) -> None:
             raise InputError(f"{which} is empty", remedy="pass at least one word")
 
 
+def check_images(paths: Sequence[str]) -> None:
+    """Images that are not there are found before anything slow.
+
+    Raises:
+        InputError: a path is that of no file.
+    """
+    for path in paths:
+        if not Path(path).is_file():
+            what = f"'{path}' is a directory" if Path(path).is_dir() else f"there is no '{path}'"
+            raise InputError(what, remedy="name the file of an image")
+
+
+def read_images(paths: Sequence[str]) -> list["Image"]:
+    """The images in files, the right way up.
+
+    Raises:
+        InputError: a path is that of no file, or of one that holds no image.
+        MissingExtraError: pillow is not installed.
+    """
+    need_pillow()
+    from PIL import Image, ImageOps
+
+    check_images(paths)
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as opened:
+                images.append(ImageOps.exif_transpose(opened))
+        except Exception as error:  # each of Pillow's readers has errors of its own
+            raise InputError(
+                f"'{path}' cannot be read as an image",
+                why=f"{type(error).__name__}: {error}",
+                remedy="name a PNG or JPEG file that other programs open",
+            ) from error
+    return images
+
+
 def inputs_of(
     model: "PreTrainedModel",
-    tokenizer: Any,
-    texts: Sequence[str],
+    reader: Any,
+    given: Sequence[str],
     context: str | None,
     decoder_text: str | None,
 ) -> dict[str, "Tensor"]:
-    """The model's inputs, a row a text.
+    """The model's inputs, a row a text, or a row an image if ``reader`` is an image processor.
 
     Raises:
-        InputError: a context or decoder text that the model has no use for, or lacks.
+        InputError: a context or decoder text that the model has no use for, or lacks; an image
+            that cannot be read.
+        MissingExtraError: it reads images, and pillow is not installed.
     """
-    from attnlrp_fx.compiler import tokenize
+    from attnlrp_fx.compiler import preprocess, tokenize
 
     task = task_of(model)
     if task is None and not _says_tokens(model):
@@ -62,17 +104,17 @@ def inputs_of(
         raise InputError(
             "this model has no decoder to continue a text", remedy="leave --decoder-text out"
         )
+    if task == IMAGES:
+        return preprocess(reader, read_images(given), model.dtype)
     if answers:
         inputs = dict(
-            tokenizer(
-                list(texts), [context] * len(texts), return_tensors="pt", padding=len(texts) > 1
-            )
+            reader(list(given), [context] * len(given), return_tensors="pt", padding=len(given) > 1)
         )
     else:
-        inputs = tokenize(tokenizer, list(texts))
+        inputs = tokenize(reader, list(given))
     if decodes:
-        inputs["decoder_input_ids"] = _decoder_ids(model, tokenizer, decoder_text, len(texts))
-    _check_lengths(model, tokenizer, inputs)
+        inputs["decoder_input_ids"] = _decoder_ids(model, reader, decoder_text, len(given))
+    _check_lengths(model, reader, inputs)
     return inputs
 
 

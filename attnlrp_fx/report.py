@@ -18,6 +18,8 @@ class Compilation:
     nodes: int
     emit_seconds: float
     backend_seconds: float
+    derived_bytes: int = 0
+    """What is kept of values made of parameters alone."""
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,6 @@ class Report:
                 f"program for {', '.join(done.seeded)} on {done.device}: {done.nodes} nodes, "
                 f"traced in {done.emit_seconds:.1f} s, compiled in {done.backend_seconds:.1f} s"
             )
+            if done.derived_bytes:
+                kept = done.derived_bytes / 2**20
+                yield f"  note: keeps {kept:.1f} MiB of values made of parameters alone"

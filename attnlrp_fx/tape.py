@@ -3,6 +3,11 @@
 Forward, each node that carries relevance yields its value and its pullback. In reverse, the
 coefficients of a value's users are added up and taken through its pullback, down to the sources.
 The tape runs on real tensors (the eager oracle of the tests) and under a tracer alike.
+
+Some rules give relevance to a value whatever it is, even to zero. Such relevance r travels beside
+the coefficient c: R = x·c + r. Rearrangements, selections, elementwise ops of one explained value
+and rules that read R itself hand it on as it is; before any other op it becomes a coefficient,
+c + r/x, and is lost at x = 0.
 """
 
 import operator
@@ -15,9 +20,11 @@ import torch
 from torch import Tensor, fx
 
 from attnlrp_fx import ops
-from attnlrp_fx.ledger import node_sums
-from attnlrp_fx.operators import is_op, leaves, product_of
-from attnlrp_fx.pullbacks import PULLBACKS, Call, Pullback
+from attnlrp_fx.calls import Call, Explicit, Pullback, Shares, parts_of
+from attnlrp_fx.ledger import node_sums, shared_sums
+from attnlrp_fx.operators import is_elementwise_op, is_op, leaves, product_of, rearranges
+from attnlrp_fx.pullbacks import PULLBACKS
+from attnlrp_fx.relevance import factored, relevance_of
 from attnlrp_fx.tokens import FILLS, MOVES, carry
 
 Watch = Callable[[fx.Node, str, Any], None]
@@ -42,13 +49,51 @@ class Reading:
     """Per node name: what came in, went out and was absorbed; only when audited."""
 
 
-class Tape(fx.Interpreter):
+class Runner(fx.Interpreter):
+    """Interpreter of a graph on tensors given for its get_attr nodes.
+
+    Args:
+        graph_module: the graph.
+        attributes: values for the graph's get_attr nodes, by target; None reads the module's own.
+        device: where constants that the graph creates are put; None leaves the captured device.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        attributes: Mapping[str, Any] | None = None,
+        device: torch.device | None = None,
+        garbage_collect_values: bool = True,
+    ) -> None:
+        super().__init__(graph_module, garbage_collect_values=garbage_collect_values)
+        self.attributes = attributes or {}
+        self.device = device
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in self.attributes:
+            return self.attributes[target]
+        return super().get_attr(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = self._moved((args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+    def _moved(self, arguments: Any) -> Any:
+        """Arguments with every device that they name replaced by the runner's."""
+        if self.device is None:
+            return arguments
+        return fx.node.map_aggregate(
+            arguments, lambda leaf: self.device if isinstance(leaf, torch.device) else leaf
+        )
+
+
+class Tape(Runner):
     """Interpreter of a rewritten graph that records a pullback for each explained node.
 
     Args:
         rewritten: the rewritten graph.
-        attributes: values for the graph's get_attr nodes, by target; None reads the module's own.
-        device: where constants that the graph creates are put; None leaves the captured device.
+        attributes: as in `Runner`.
+        device: as in `Runner`.
         annotate: context in which a node's ops run, told the node and "forward" or "relevance".
         watch: told each explained node's value and then its coefficient.
     """
@@ -61,12 +106,10 @@ class Tape(fx.Interpreter):
         annotate: Annotate = _no_annotation,
         watch: Watch = _no_watch,
     ) -> None:
-        super().__init__(rewritten, garbage_collect_values=False)
-        self.attributes = attributes or {}
-        self.device = device
+        super().__init__(rewritten, attributes, device, garbage_collect_values=False)
         self.annotate = annotate
         self.watch = watch
-        self.pullbacks: dict[fx.Node, Pullback] = {}
+        self.pullbacks: dict[fx.Node, Pullback | Explicit] = {}
         self.calls: dict[fx.Node, Call] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -78,23 +121,6 @@ class Tape(fx.Interpreter):
                 self.watch(n, "forward", output)
                 return output
             return super().run_node(n)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target in self.attributes:
-            return self.attributes[target]
-        return super().get_attr(target, args, kwargs)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = self._moved((args, kwargs))
-        return super().call_function(target, args, kwargs)
-
-    def _moved(self, arguments: Any) -> Any:
-        """Arguments with every device that they name replaced by the tape's."""
-        if self.device is None:
-            return arguments
-        return fx.node.map_aggregate(
-            arguments, lambda leaf: self.device if isinstance(leaf, torch.device) else leaf
-        )
 
     def _call(self, node: fx.Node) -> Call:
         """The node's call as a function of its explained inputs."""
@@ -148,60 +174,77 @@ class Tape(fx.Interpreter):
         Returns:
             The relevance of every explained input and, if audited, every node's sums.
         """
-        coefficients: dict[fx.Node, Any] = {}
+        received = Received()
         relevance: dict[fx.Node, Tensor] = {}
         reading = Reading(relevance={})
         for node, seed in seeds.items():
-            _add(coefficients, node, seed)
+            _add(received.coefficients, node, seed)
         for node in reversed(list(self._nodes())):
             with self.annotate(node, "relevance"):
                 if node in relevance:
                     self._carry(node, relevance, reading, audit)
-                elif node not in coefficients:
+                elif node not in received:
                     continue
                 elif node.target is ops.source:
                     origin = node.kwargs.get("ids", node.args[0])
-                    _add(relevance, origin, self._relevance_of_source(node, coefficients.pop(node)))
+                    _add(relevance, origin, self._relevance_of_source(node, *received.pop(node)))
+                elif node.target is operator.getitem:
+                    received.hand_to_owner(node)
                 else:
-                    self._pull(node, coefficients, reading if audit else None)
+                    self._pull(node, received, reading if audit else None)
         return reading
 
     def _nodes(self) -> Iterable[fx.Node]:
         assert isinstance(self.module, fx.GraphModule)
         return self.module.graph.nodes
 
-    def _pull(
-        self, node: fx.Node, coefficients: dict[fx.Node, Any], audited: Reading | None
-    ) -> None:
-        """Take one node's coefficient to its explained inputs, each in its input's dtype.
+    def _pull(self, node: fx.Node, received: "Received", audited: Reading | None) -> None:
+        """Take what one node received to its explained inputs, each in its input's dtype.
 
         Ops that promote (bfloat16 times float32) give outputs, and so coefficients, of another.
         """
-        c = coefficients.pop(node)
-        if node.target is operator.getitem:
-            owner, part = node.args
-            assert isinstance(owner, fx.Node)
-            _add(coefficients.setdefault(owner, {}), part, c)
-            return
         call = self.calls[node]
+        c, r = (_whole(part, self.env[node]) for part in received.pop(node))
+        self.watch(node, "relevance", r if c is None else c)
+        shares, sums = self._shares(node, c, r)
         inputs = [leaf for leaf in leaves((node.args[1:], node.kwargs)) if ops.is_explained(leaf)]
-        output = self.env[node]
-        if isinstance(c, dict):
-            c = [c[i] if i in c else torch.zeros_like(part) for i, part in enumerate(output)]
-        self.watch(node, "relevance", c)
-        pulled = self.pullbacks[node](c)
-        for leaf, value, coefficient in zip(inputs, call.primals, pulled, strict=True):
+        for leaf, value, coefficient in zip(
+            inputs, call.primals, shares.coefficients, strict=False
+        ):
             if coefficient is not None:
-                _add(coefficients, leaf, coefficient.to(value.dtype))
+                _add(received.coefficients, leaf, coefficient.to(value.dtype))
+        for leaf, share in zip(inputs, shares.relevance, strict=False):
+            if share is not None:
+                _add(received.relevance, leaf, share)
         if audited is not None:
-            assert callable(node.target)
-            audited.sums[node.name] = node_sums(node.target, call, output, c, pulled)
+            audited.sums[node.name] = sums()
 
-    def _relevance_of_source(self, node: fx.Node, c: Tensor) -> Tensor:
-        """R = x·c of a source in float32 or better, summed over the features of tokens."""
+    def _shares(self, node: fx.Node, c: Any, r: Any) -> tuple[Shares, Callable[[], Tensor]]:
+        """What a node hands on of its coefficient c and relevance r, and its line in the ledger."""
+        call, output, pullback = self.calls[node], self.env[node], self.pullbacks[node]
+        assert callable(node.target)
+        if isinstance(pullback, Explicit):
+            shares = pullback.share(parts_of(relevance_of(output, c, r))[0])
+            return shares, lambda: shared_sums(call, output, c, r, shares)
+        lost: Tensor | None = None
+        handed: Sequence[Tensor | None] = ()
+        if r is not None and (node.target is ops.winner or rearranges(call.op)):
+            handed = pullback(r)
+        elif r is not None and (node.target is ops.identity or _is_affine(call, output)):
+            handed = [r.sum_to_size(call.primals[0].shape)]
+        elif r is not None:
+            c, lost = factored(output, c, r)
+        shares = Shares(pullback(c) if c is not None else (), handed, lost)
+        return shares, lambda: node_sums(
+            node.target, call, output, c, shares, r if handed else None
+        )
+
+    def _relevance_of_source(self, node: fx.Node, c: Tensor | None, r: Tensor | None) -> Tensor:
+        """R = x·c + r of a source in float32 or better, summed over the features of tokens."""
         value: Tensor = self.env[node]
         dtype = torch.promote_types(value.dtype, torch.float32)
-        relevance = value.to(dtype) * c.to(dtype)
+        wide = [None if part is None else part.to(dtype) for part in (c, r)]
+        relevance: Tensor = relevance_of(value.to(dtype), *wide)
         ids = node.kwargs.get("ids")
         if not isinstance(ids, fx.Node):
             return relevance
@@ -226,6 +269,45 @@ class Tape(fx.Interpreter):
             total = received.sum(dtype=torch.float64)
             passed = sum((part.sum(dtype=torch.float64) for _, part in moved), start=0 * total)
             reading.sums[node.name] = torch.stack([total, passed, total - passed])
+
+
+@dataclass
+class Received:
+    """What nodes have received so far of coefficients, and of relevance that has no factor.
+
+    Of an op with several outputs, a dictionary by output.
+    """
+
+    coefficients: dict[fx.Node, Any] = field(default_factory=dict)
+    relevance: dict[fx.Node, Any] = field(default_factory=dict)
+
+    def __contains__(self, node: fx.Node) -> bool:
+        return node in self.coefficients or node in self.relevance
+
+    def pop(self, node: fx.Node) -> tuple[Any, Any]:
+        """The coefficient and the relevance of a node, None for what it did not receive."""
+        return self.coefficients.pop(node, None), self.relevance.pop(node, None)
+
+    def hand_to_owner(self, node: fx.Node) -> None:
+        """Give what one output of an op has received to the op."""
+        owner, part = node.args
+        assert isinstance(owner, fx.Node)
+        for sums in (self.coefficients, self.relevance):
+            if node in sums:
+                _add(sums.setdefault(owner, {}), part, sums.pop(node))
+
+
+def _is_affine(call: Call, output: Any) -> bool:
+    """Whether a call makes each element of its output of one explained element and constants."""
+    is_one = len(call.primals) == 1 and isinstance(output, Tensor)
+    return is_one and is_elementwise_op(call.op) and output.shape == call.primals[0].shape
+
+
+def _whole(given: Any, output: Any) -> Any:
+    """What an op's outputs received, with zeros for those that received nothing."""
+    if not isinstance(given, dict):
+        return given
+    return [given[i] if i in given else torch.zeros_like(part) for i, part in enumerate(output)]
 
 
 def _parameters(node: fx.Node) -> Sequence[str]:

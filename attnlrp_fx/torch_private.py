@@ -97,12 +97,20 @@ def size_assumptions(graph_module: fx.GraphModule) -> list[Any]:
     """What capture assumed about sizes when it took one branch of the model's code and not another.
 
     Each is a sympy relation between the symbols of the graph's sizes. Inequalities (≠) are left
-    out: they say that a size is not 0 or 1, which the graph does not depend on.
+    out: they say that a size is not 0 or 1, which the graph does not depend on. So is what PyTorch
+    asks in order to choose a kernel for a convolution.
     """
     environment = fake_mode_of(graph_module).shape_env
     assert environment is not None
-    relations = [_simplified(environment, guard.expr) for guard in environment.guards]
+    guards = [guard for guard in environment.guards if not _chooses_a_kernel(guard)]
+    relations = [_simplified(environment, guard.expr) for guard in guards]
     return [r for r in relations if isinstance(r, sympy.Rel) and not isinstance(r, sympy.Ne)]
+
+
+def _chooses_a_kernel(guard: Any) -> bool:
+    """Whether a guard was made where a convolution's kernel is chosen, not in the model's code."""
+    frame = guard.sloc.framework_loc
+    return getattr(frame, "name", "") == "conv" and frame.filename.endswith("fake_impls.py")
 
 
 def _simplified(environment: Any, relation: Any) -> Any:

@@ -304,7 +304,7 @@ DESCRIPTIONS = {
         f"`ViTForImageClassification`: 4 layers of {WIDTH} features and 4 heads, "
         f"patches of {PATCH} x {PATCH} pixels"
     ),
-    Kind.CONVOLUTIONAL: "`ResNetForImageClassification`: 3 stages of 2 basic blocks with batch norm",
+    Kind.CONVOLUTIONAL: "`ResNetForImageClassification`: 3 stages of 2 basic blocks, batch norm",
 }
 
 

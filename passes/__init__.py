@@ -1,6 +1,6 @@
 """The passes, one a file, and the pipeline, one ordered tuple.
 
-A user passes a longer tuple: `compile(..., passes=(*PIPELINE[:-1], mine, PIPELINE[-1]))`.
+A user passes a longer tuple: `compile(..., passes=(*NORMALISE, *RAISE, mine, *ASSIGN))`.
 """
 
 from torch import fx
@@ -15,7 +15,9 @@ from attnlrp_fx.passes.lower_copies import lower_copies
 from attnlrp_fx.passes.lower_pools import lower_pools
 from attnlrp_fx.passes.lower_rrelu import lower_rrelu
 from attnlrp_fx.passes.mark_positions import mark_positions
+from attnlrp_fx.passes.mark_signs import mark_signs
 from attnlrp_fx.passes.mark_sources import mark_sources
+from attnlrp_fx.passes.merge_batch_norms import merge_batch_norms
 from attnlrp_fx.passes.promote_casts import promote_casts
 from attnlrp_fx.passes.raise_activations import raise_activations
 from attnlrp_fx.passes.raise_attention import raise_attention
@@ -30,6 +32,7 @@ NORMALISE: tuple[Pass, ...] = (
     lower_pools,
     lower_rrelu,
     drop_identities,
+    merge_batch_norms,
 )
 """Passes that leave the graph's meaning unchanged."""
 
@@ -44,7 +47,10 @@ RAISE: tuple[Pass, ...] = (
 )
 """Passes that recognise what was decomposed."""
 
-PIPELINE: tuple[Pass, ...] = (*NORMALISE, *RAISE, assign_rules)
+ASSIGN: tuple[Pass, ...] = (assign_rules, mark_signs)
+"""Passes that write rules into the graph."""
+
+PIPELINE: tuple[Pass, ...] = (*NORMALISE, *RAISE, *ASSIGN)
 """The default pipeline, in order."""
 
 OPTIONAL: tuple[Pass, ...] = (promote_casts,)
@@ -79,6 +85,7 @@ def verify(graph_module: fx.GraphModule, name: str) -> None:
 
 
 __all__ = [
+    "ASSIGN",
     "NORMALISE",
     "OPTIONAL",
     "PIPELINE",
@@ -94,7 +101,9 @@ __all__ = [
     "lower_pools",
     "lower_rrelu",
     "mark_positions",
+    "mark_signs",
     "mark_sources",
+    "merge_batch_norms",
     "promote_casts",
     "raise_activations",
     "raise_attention",

@@ -12,15 +12,20 @@ from collections import Counter
 from collections.abc import Set
 from typing import Any
 
+import torch
 from torch import fx
 
 from attnlrp_fx import ops
-from attnlrp_fx.analysis import explained_values, roles
+from attnlrp_fx.analysis import explained_values, parameter_values
 from attnlrp_fx.errors import RuleError
-from attnlrp_fx.operators import Kind, kind_of, leaves
+from attnlrp_fx.operators import Kind, is_elementwise, is_op, kind_of, leaves
 from attnlrp_fx.passes.base import PassContext, PassResult, finish
 from attnlrp_fx.provenance import describe, target_name
-from attnlrp_fx.rules import Constant, Gradient, Rule
+from attnlrp_fx.roles import Role, is_join, is_layer, roles
+from attnlrp_fx.rules import Constant, Gradient, Rule, Site
+
+AFFINE = ("_native_batch_norm_legit_no_training",)
+"""Ops beside elementwise ones that are affine in each element."""
 
 
 def assign_rules(graph_module: fx.GraphModule, context: PassContext) -> PassResult:
@@ -33,13 +38,15 @@ def assign_rules(graph_module: fx.GraphModule, context: PassContext) -> PassResu
     graph = graph_module.graph
     values = explained_values(graph)
     explained = {node for node in values if "rule" not in node.meta and not ops.is_explained(node)}
-    role_of = roles(graph, values)
+    roles_of = roles(graph, values)
+    parameters = parameter_values(graph)
     live = {node for node in graph.nodes if ops.is_explained(node)}
     rules: dict[fx.Node, tuple[Kind, Rule]] = {}
     for node in graph.nodes:
         if node in explained and any(leaf in live for leaf in leaves((node.args, node.kwargs))):
             kind = kind_of(node, live)
-            rules[node] = kind, _rule(node, kind, role_of.get(node), context, result)
+            rule = _rule(node, kind, roles_of.get(node, set()), context, result)
+            rules[node] = kind, rule.at(_site(node, kind, live, parameters))
             if not isinstance(rules[node][1], Constant):
                 live.add(node)
     counts: Counter[str] = Counter()
@@ -53,6 +60,38 @@ def assign_rules(graph_module: fx.GraphModule, context: PassContext) -> PassResu
     if result.changes:
         finish(graph_module)
     return result
+
+
+def _site(node: fx.Node, kind: Kind, live: Set[fx.Node], parameters: Set[fx.Node]) -> Site:
+    """What a rule may ask of a node, given what is explained."""
+    inputs = [leaf for leaf in leaves((node.args, node.kwargs)) if leaf in live]
+    is_pointwise = len(inputs) == 1 and _is_pointwise(node, kind, inputs[0])
+    return Site(
+        is_layer=is_layer(node, live, parameters),
+        is_join=is_join(node, live),
+        is_pointwise=is_pointwise,
+        vanishes=is_pointwise and kind is Kind.ACTIVATION and _is_zero_at_zero(node),
+    )
+
+
+def _is_pointwise(node: fx.Node, kind: Kind, x: fx.Node) -> bool:
+    value = node.meta["val"]
+    y = value[0] if isinstance(value, list | tuple) else value
+    by_element = is_elementwise(node) or is_op(node, *AFFINE) or kind is not Kind.LINEAR
+    return by_element and bool(y.shape == x.meta["val"].shape)
+
+
+def _is_zero_at_zero(node: fx.Node) -> bool:
+    """Whether an activation of one value and numbers is zero at zero."""
+    others = [*node.args[1:], *node.kwargs.values()]
+    if any(isinstance(arg, fx.Node) for arg in others):
+        return False
+    op: Any = node.target
+    if node.op == "call_module":
+        assert node.graph.owning_module is not None
+        op = node.graph.owning_module.get_submodule(str(node.target))
+    value = op(torch.zeros([1] * node.meta["val"].dim()), *node.args[1:], **node.kwargs)
+    return bool(value == 0)
 
 
 def _reaching(graph: fx.Graph, live: Set[fx.Node]) -> set[fx.Node]:
@@ -95,9 +134,9 @@ def _rewrite(graph: fx.Graph, node: fx.Node, kind: Kind, rule: Rule) -> None:
 
 
 def _rule(
-    node: fx.Node, kind: Kind, role: str | None, context: PassContext, result: PassResult
+    node: fx.Node, kind: Kind, roles: Set[Role], context: PassContext, result: PassResult
 ) -> Rule:
-    rule = context.composite.rule_for(node, kind, role)
+    rule = context.composite.rule_for(node, kind, roles)
     if rule is None and context.fallback == "gradient":
         result.notes.append(f"gradient fallback: {describe(node)}")
         return Gradient()

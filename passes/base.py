@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -57,6 +58,18 @@ def inherit(new: fx.Node, node: fx.Node, constructed_by: str) -> None:
     new.meta = {**node.meta, "constructed_by": constructed_by}
     if kind is not None:
         new.meta["kind"] = kind
+
+
+def call(like: fx.Node, constructed_by: str, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A call of an op at the graph's insertion point, with another node's provenance.
+
+    Its value's shape and dtype are what the op makes of its arguments'.
+    """
+    node = like.graph.call_function(op, args, kwargs)
+    values = fx.node.map_arg((args, kwargs), lambda leaf: leaf.meta["val"])
+    kept = {key: value for key, value in like.meta.items() if key not in ("val", "kind")}
+    node.meta = {**kept, "val": op(*values[0], **values[1]), "constructed_by": constructed_by}
+    return node
 
 
 def finish(graph_module: fx.GraphModule) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib.resources import files
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -25,16 +26,22 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
 )
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 import attnlrp_fx
-from attnlrp_fx import backends, cli
+from attnlrp_fx import Display, Logit, backends, cli
 from attnlrp_fx.cli import app
 from attnlrp_fx.errors import InputError, ModelNotFoundError
 from attnlrp_fx.explanation import SCHEMA, Explanation
-from attnlrp_fx.loading import DTYPES, TASKS, load, task_of
+from attnlrp_fx.heatmap import PLAIN
+from attnlrp_fx.loading import DTYPES, EMBEDDED, IMAGES, TASKS, load, task_of
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 WORDS += ["the", "movie", "was", "a", "great", "terrible", "film", "it", "good", "bad"]
@@ -97,6 +104,27 @@ MODELS = {
 }
 
 
+DIGITS = {i: f"digit {i}" for i in range(4)}
+SEERS = {
+    "seer": lambda: ViTForImageClassification(
+        ViTConfig(
+            image_size=8,
+            patch_size=4,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            id2label=DIGITS,
+        )
+    ),
+    "grey": lambda: ResNetForImageClassification(
+        ResNetConfig(
+            num_channels=1, embedding_size=8, hidden_sizes=[8], depths=[1], id2label=DIGITS
+        )
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Directories of tiny random models, by name, as save_pretrained writes them."""
@@ -107,8 +135,29 @@ def models(tmp_path_factory):
         torch.manual_seed(0)
         build().save_pretrained(root / name)
         word_tokenizer(ends=name != "writer").save_pretrained(root / name)
+    for name, build in SEERS.items():
+        torch.manual_seed(0)
+        build().save_pretrained(root / name)
+        channels = 1 if name == "grey" else 3
+        ViTImageProcessorPil(
+            size={"height": 8, "width": 8}, image_mean=[0.5] * channels, image_std=[0.25] * channels
+        ).save_pretrained(root / name)
     if bars:
         transformers_logging.enable_progress_bar()
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two image files of other sizes, and one that is cut off."""
+    image = pytest.importorskip("PIL.Image")
+    root = tmp_path_factory.mktemp("images")
+    for name, size, seed in (("a.png", (8, 8), 1), ("b.png", (20, 12), 2)):
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randint(256, (size[0] * size[1] * 3,), generator=generator)
+        image.frombytes("RGB", size, bytes(noise.tolist())).save(root / name)
+    (root / "cut.png").write_bytes((root / "a.png").read_bytes()[:90])
+    (root / "words.png").write_text("no image")
     return root
 
 
@@ -298,6 +347,127 @@ def test_the_next_token_of_a_decoder(models, tmp_path, extra, written):
         assert row["target_value"] == pytest.approx(float(scores.max()), rel=1e-5)
 
 
+# Images
+
+
+def test_an_image_is_explained_as_from_python(models, images, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    page, picture = tmp_path / "page.html", tmp_path / "why.png"
+    options = ("--composite", "gradient", "--target", "Digit 2", "--smooth", 1.5)
+    got, result = explained(
+        tmp_path / "numbers.json",
+        images / "a.png",
+        *("--task", IMAGES, "--model", models / "seer", "--html", page, "--figure", picture),
+        *options,
+    )
+    model, processor = load(models / "seer")
+    with image.open(images / "a.png") as opened:
+        opened.load()
+    wanted = attnlrp_fx.explain_image(
+        model, processor, opened, composite="gradient", target=Logit(2)
+    )
+    assert got == wanted.to_dict()
+    assert got["rows"][0]["label"] == "digit 2"
+    assert got["rows"][0]["inputs"]["pixel_values"]["shape"] == [3, 8, 8]
+    assert page.read_text() == wanted.to_html(display=Display(smooth=1.5))
+    assert page.read_text().count("data:image/png") == 2
+    assert "digit 2" in result.stdout
+    file = BytesIO()
+    wanted.figure(Display(smooth=1.5)).savefig(file, format="png")
+    with image.open(picture) as drawn, image.open(file) as expected:
+        assert drawn.format == "PNG"
+        assert drawn.tobytes() == expected.tobytes()
+    (grid,) = wanted.sections()[0].grids
+    assert grid.backdrop.caption == "", "the processor is known: nothing is stretched"
+    bytes_shown = (grid.backdrop.pixels * 255).round().long().flatten()
+    assert bytes_shown.tolist() == [*opened.tobytes()]
+
+
+@pytest.mark.parametrize("name", SEERS)
+def test_several_images_are_a_batch(models, images, tmp_path, name):
+    common = ("--model", models / name, "--dtype", "float64")
+    paths = [images / "a.png", images / "b.png"]
+    batch, _ = explained(tmp_path / "batch.json", *paths, *common)
+    alone, _ = explained(tmp_path / "alone.json", paths[1], *common)
+    assert len(batch["rows"]) == 2
+    values = [
+        torch.tensor(row["inputs"]["pixel_values"]["relevance"])
+        for row in (batch["rows"][1], *alone["rows"])
+    ]
+    torch.testing.assert_close(*values)
+    assert values[0].shape == (3 if name == "seer" else 1, 8, 8)
+
+
+def test_images_are_turned_the_way_their_camera_was(models, images, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    with image.open(images / "b.png") as opened:
+        turned = opened.transpose(image.Transpose.ROTATE_90)
+        exif = image.Exif()
+        exif[0x0112] = 6  # "rotate by 270 to see it"
+        turned.save(tmp_path / "turned.png", exif=exif)
+    common = ("--model", models / "seer")
+    straight, _ = explained(tmp_path / "x.json", images / "b.png", *common)
+    again, _ = explained(tmp_path / "y.json", tmp_path / "turned.png", *common)
+    assert straight == again
+
+
+def test_bfloat16_reads_images(models, images):
+    result = explain(images / "a.png", "--model", models / "seer", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{images}/none.png", "--task", IMAGES], "there is no '{images}/none.png'; name the file"),
+        (["{images}", "--task", IMAGES], "'{images}' is a directory; name the file"),
+        (["{images}/none.png", "--model", "{models}/seer"], "there is no '{images}/none.png'"),
+        (["{images}/words.png", "--model", "{models}/seer"], "words.png' cannot be read as an im"),
+        (["{images}/cut.png", "--model", "{models}/seer"], "cut.png' cannot be read as an image; "),
+        (
+            ["{images}/a.png", "--model", "{models}/seer", "--context", "b"],
+            "leave --context out",
+        ),
+        (
+            ["{images}/a.png", "--model", "{models}/seer", "--target", "cat"],
+            "no label 'cat'; use one of: digit 0, digit 1",
+        ),
+        (
+            ["{images}/a.png", "--model", "{models}/seer", "--smooth", "1"],
+            "--smooth has no picture to smooth; add --html or --figure",
+        ),
+        (
+            ["{images}/a.png", "--model", "{models}/seer", "--smooth", "-1", "--html", "x.html"],
+            "cannot be smoothed by -1.0 pixels",
+        ),
+        (
+            ["a", "--model", "{models}/sentiment", "--smooth", "1", "--html", "x.html"],
+            "this model reads no images; leave --smooth out",
+        ),
+    ],
+)
+def test_bad_images_are_one_line_on_standard_error(models, images, arguments, message):
+    def filled(text):
+        return text.replace("{models}", str(models)).replace("{images}", str(images))
+
+    assert filled(message) in error_of(explain(*map(filled, arguments)))
+
+
+def test_without_pillow_it_says_what_to_install(models, images, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    message = error_of(explain(images / "a.png", "--model", models / "seer"))
+    assert message.startswith("Reading images needs pillow; ")
+    assert message.endswith("pip install 'attnlrp_fx[image]'")
+
+
+def test_what_is_no_image_is_refused_in_python(models):
+    model, processor = load(models / "seer")
+    with pytest.raises(InputError, match="no image to explain"):
+        attnlrp_fx.explain_image(model, processor, [])
+    with pytest.raises(InputError, match="cannot read what it was given"):
+        attnlrp_fx.explain_image(model, processor, 3)
+
+
 # What it refuses
 
 LONG = "the " * POSITIONS
@@ -452,7 +622,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
     monkeypatch.setattr(Path, "replace", full)
     paths = dict.fromkeys(("html", "json", "figure")) | {option: goal}
     with pytest.raises(OSError, match="No space left"):
-        cli._write(explanation(), **paths)
+        cli._write(explanation(), PLAIN, **paths)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(goal.name, "old")]
 
 
@@ -487,6 +657,34 @@ def test_loading_gives_the_class_the_config_names(models):
         if task is not None:
             named, _ = load(models / name, task)
             assert type(named) is type(model)
+
+
+def test_loading_an_image_model_gives_its_processor(models):
+    for name in SEERS:
+        model, processor = load(models / name)
+        assert task_of(model) == IMAGES
+        assert processor.image_std[0] == 0.25
+        assert type(load(models / name, IMAGES)[0]) is type(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        *((name, (name,)) for name in EMBEDDED),
+        ("digits_transformer", (None, IMAGES)),
+        ("sentiment", ()),
+    ],
+)
+def test_embedded_models_are_loaded_by_name(models, monkeypatch, tmp_path, name, given):
+    monkeypatch.setattr("attnlrp_fx.loading.files", lambda package: tmp_path)
+    with pytest.raises(ModelNotFoundError, match=f"lacks the embedded model '{name}'"):
+        load(*given)
+    (tmp_path / "embedded").mkdir()
+    stands_in = models / ("sentiment" if name == "sentiment" else "seer")
+    (tmp_path / "embedded" / name).symlink_to(stands_in)
+    model, reader = load(*given)
+    assert type(model) is type(load(stands_in)[0])
+    assert hasattr(reader, "image_mean") is (name != "sentiment")
 
 
 def test_loading_is_silent_and_leaves_settings_alone(models, capfd):

@@ -11,23 +11,35 @@ from torch import Tensor, fx, nn
 import attnlrp_fx
 from attnlrp_fx import (
     COMPOSITES,
+    AlphaBeta,
     Attention,
     Composite,
     Constant,
     Epsilon,
+    Flat,
+    Gamma,
     Gradient,
     Identity,
+    Join,
     Match,
+    Pass,
     Rule,
     RuleError,
     StatisticConstant,
     Taylor,
     Uniform,
     Winner,
+    WSquare,
+    ZBox,
+    ZPlus,
+    epsilon_gamma_box,
     ops,
 )
 from attnlrp_fx.composites import composite_named
-from attnlrp_fx.operators import Kind
+from attnlrp_fx.operators import Kind, is_matrix_product
+from attnlrp_fx.provenance import module_path
+from attnlrp_fx.roles import Role
+from attnlrp_fx.rules import Site
 
 
 def call(op: str = "silu", module: str = "", module_class: str = "") -> fx.Node:
@@ -71,16 +83,34 @@ def call(op: str = "silu", module: str = "", module_class: str = "") -> fx.Node:
 def test_match(match: Match, fits: bool) -> None:
     """Every field that is given must fit; globs are anchored at both ends and case counts."""
     node = call("silu", "model.layers.3.mlp.act", "SiLU")
-    assert match.fits(node, Kind.ACTIVATION, "gate") is fits
+    assert match.fits(node, Kind.ACTIVATION, {"first", "gate"}) is fits
 
 
 def test_match_outside_of_modules() -> None:
     """A node without provenance is in the root, whose path and class are empty."""
     node = call()
-    assert Match(module="").fits(node, Kind.ACTIVATION, None)
-    assert Match(module="*").fits(node, Kind.ACTIVATION, None)
-    assert not Match(module="?*").fits(node, Kind.ACTIVATION, None)
-    assert not Match(role="gate").fits(node, Kind.ACTIVATION, None)
+    assert Match(module="").fits(node, Kind.ACTIVATION)
+    assert Match(module="*").fits(node, Kind.ACTIVATION)
+    assert not Match(module="?*").fits(node, Kind.ACTIVATION)
+
+
+def test_match_of_several_roles() -> None:
+    """A node may have several roles, or none; any of them fits."""
+    node = call("linear")
+    both = {Role.DENSE, Role.FIRST}
+    for role in both:
+        assert Match(role=role).fits(node, Kind.LINEAR, both)
+        assert Match(role=str(role)).fits(node, Kind.LINEAR, both)
+        assert not Match(role=role).fits(node, Kind.LINEAR)
+        assert not Match(role=role).fits(node, Kind.LINEAR, {Role.PROJECTION})
+    assert not Match(role="join").fits(node, Kind.LINEAR, both)
+    assert Match().fits(node, Kind.LINEAR)
+
+
+def test_match_of_no_role() -> None:
+    with pytest.raises(RuleError, match="no role 'gates'") as raised:
+        Match(role="gates")
+    assert "projection" in raised.value.remedy
 
 
 def test_match_of_no_kind() -> None:
@@ -98,10 +128,10 @@ def test_first_match_decides() -> None:
             (Match(), Gradient()),
         ),
     )
-    assert composite.rule_for(call("gelu"), Kind.ACTIVATION, None) == Taylor()
-    assert composite.rule_for(call("silu"), Kind.ACTIVATION, None) == Identity()
-    assert composite.rule_for(call("neg"), Kind.LINEAR, None) == Gradient()
-    assert Composite("none", ()).rule_for(call(), Kind.ACTIVATION, None) is None
+    assert composite.rule_for(call("gelu"), Kind.ACTIVATION) == Taylor()
+    assert composite.rule_for(call("silu"), Kind.ACTIVATION) == Identity()
+    assert composite.rule_for(call("neg"), Kind.LINEAR) == Gradient()
+    assert Composite("none", ()).rule_for(call(), Kind.ACTIVATION) is None
 
 
 def test_with_rules() -> None:
@@ -112,9 +142,9 @@ def test_with_rules() -> None:
     assert mine.entries == (first, second, *base.entries)
     assert mine.name == "attnlrp+2"
     assert base is COMPOSITES["attnlrp"]
-    assert mine.rule_for(call("silu"), Kind.ACTIVATION, None) == Taylor()
-    assert mine.rule_for(call("gelu"), Kind.ACTIVATION, None) == Constant()
-    assert base.rule_for(call("gelu"), Kind.ACTIVATION, None) == Identity()
+    assert mine.rule_for(call("silu"), Kind.ACTIVATION) == Taylor()
+    assert mine.rule_for(call("gelu"), Kind.ACTIVATION) == Constant()
+    assert base.rule_for(call("gelu"), Kind.ACTIVATION) == Identity()
     assert base.with_rules().entries == base.entries
 
 
@@ -123,6 +153,8 @@ def test_print() -> None:
     assert str(COMPOSITES["attnlrp"]) == ATTNLRP
     assert str(COMPOSITES["cp-lrp"]) == CP_LRP
     assert str(COMPOSITES["gradient"]) == "composite gradient\n  any  Gradient()"
+    assert str(COMPOSITES["attnlrp-vision"]) == ATTNLRP_VISION
+    assert str(COMPOSITES["epsilon-plus-flat"]) == EPSILON_PLUS_FLAT
     mine = Composite("mine", ()).with_rules((Match(kind="linear", module="*.mlp"), Epsilon(0.1)))
     assert str(mine) == "composite mine+1\n  kind=linear, module=*.mlp  Epsilon(epsilon=0.1)"
     assert str(Composite("empty", ())) == "composite empty"
@@ -161,6 +193,44 @@ composite cp-lrp
   kind=quotient     Taylor()"""
 
 
+ATTNLRP_VISION = """\
+composite attnlrp-vision
+  role=convolution  Gamma(gamma=0.25)
+  role=projection   Epsilon()
+  role=dense        Gamma(gamma=0.05)
+""" + ATTNLRP.removeprefix("composite attnlrp\n")
+
+EPSILON_PLUS_FLAT = """\
+composite epsilon-plus-flat
+  role=first        Flat(epsilon=1e-06)
+  role=convolution  ZPlus(epsilon=1e-06)
+  role=gate         Constant()
+  kind=linear       Epsilon(epsilon=1e-06)
+  kind=activation   Pass()
+""" + ATTNLRP.removeprefix("composite attnlrp\n")
+
+
+def test_looks_at_weights() -> None:
+    """Only rules that tell a layer from a layer and its normalisation make a difference."""
+    plain = {name for name, composite in COMPOSITES.items() if not composite.looks_at_weights}
+    assert plain == {"attnlrp", "cp-lrp", "gradient"}
+    for rule in (Gamma(), ZPlus(), Flat(), Epsilon(1e-6)):
+        assert COMPOSITES["attnlrp"].with_rules((Match(kind="linear"), rule)).looks_at_weights
+    for rule in (Epsilon(), Join(), Pass()):
+        assert not COMPOSITES["attnlrp"].with_rules((Match(kind="linear"), rule)).looks_at_weights
+
+
+def test_epsilon_gamma_box() -> None:
+    """The range of pixels is for the first layer, whatever it is; γ for all other convolutions."""
+    composite = epsilon_gamma_box((-2.0, -1.5), (2.0, 2.5), gamma=0.5)
+    first, other, dense = {"convolution", "first"}, {"convolution"}, {"dense"}
+    linear = call("linear")
+    found = [composite.rule_for(linear, Kind.LINEAR, roles) for roles in (first, other, dense)]
+    box = ZBox((-2.0, -1.5), (2.0, 2.5), epsilon=1e-6)
+    assert found == [box, Gamma(0.5, epsilon=1e-6), Epsilon(1e-6)]
+    assert composite.name == "epsilon-gamma-box"
+
+
 def test_composite_named() -> None:
     mine = Composite("mine", ())
     assert composite_named(mine) is mine
@@ -171,26 +241,97 @@ def test_composite_named() -> None:
         assert name in raised.value.remedy
 
 
-@pytest.mark.parametrize("name", ["attnlrp", "cp-lrp", "gradient"])
+@pytest.mark.parametrize("name", COMPOSITES)
 def test_every_kind_has_a_rule(name: str) -> None:
     """Every kind that is known is claimed, by a rule that may stand there."""
     for kind in set(Kind) - {Kind.UNKNOWN}:
-        rule = COMPOSITES[name].rule_for(call(), kind, None)
+        rule = COMPOSITES[name].rule_for(call(), kind)
         assert rule is not None
         assert kind in rule.kinds
-    unknown = COMPOSITES[name].rule_for(call(), Kind.UNKNOWN, None)
+    unknown = COMPOSITES[name].rule_for(call(), Kind.UNKNOWN)
     assert unknown == (Gradient() if name == "gradient" else None)
 
 
 RULES: list[Rule] = [
     *(Epsilon(), Uniform(), Identity(), Taylor(), Winner(), StatisticConstant()),
-    *(Attention(), Gradient()),
+    *(Attention(), Gradient(), Gamma(), AlphaBeta(), WSquare(), Flat(), ZBox(), Join(), Pass()),
 ]
 
 
 def test_every_relevance_op_has_a_rule() -> None:
     assert {rule.op for rule in RULES} == set(ops.RELEVANCE_OPS)
     assert all(rule.absorbs for rule in RULES)
+    assert ZPlus().op is AlphaBeta().op
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Gamma(-0.1), "Gamma: gamma must be 0 or more, got -0.1"),
+        (lambda: Gamma(0.1, epsilon=-1.0), "Gamma: epsilon must be 0 or more"),
+        (lambda: Gamma(float("nan")), "Gamma: gamma must be 0 or more"),
+        (lambda: AlphaBeta(2, 2), "alpha - beta must be 1, got 0"),
+        (lambda: AlphaBeta(0.5, -0.5), "AlphaBeta: beta must be 0 or more"),
+        (lambda: Flat(epsilon=-1e-6), "Flat: epsilon must be 0 or more"),
+        (lambda: ZBox(1.0, 0.0), "ZBox: low 1.0 must be less than high 0.0"),
+        (lambda: ZBox((0.0, 0.0), (1.0, 0.0)), "must be less than"),
+        (lambda: ZBox(0.5, (1.0, 0.5)), "must be less than"),
+        (lambda: ZBox((0.0, 0.0), (1.0, 1.0, 1.0)), "low has 2 channels, high has 3"),
+        (lambda: ZBox(-1, 1, epsilon=-1.0), "ZBox: epsilon must be 0 or more"),
+        (lambda: Join("ratio"), "split must be 'magnitude' or 'equal', got 'ratio'"),
+    ],
+)
+def test_options_out_of_range(make: Callable[[], Rule], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+LAYER, JOIN = Site(True, False, False), Site(False, True, False)
+POINTWISE, ELSEWHERE = Site(False, False, True), Site(False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("rule", "places", "instead"),
+    [
+        (Gamma(0.5, epsilon=0.1), {LAYER}, Epsilon(0.1)),
+        (Gamma(0.0, epsilon=0.1), set(), Epsilon(0.1)),
+        (ZPlus(), {LAYER}, Epsilon()),
+        (AlphaBeta(epsilon=0.1), {LAYER}, Epsilon(0.1)),
+        (ZBox(-1.0, 1.0), {LAYER}, Epsilon()),
+        (Join(), {JOIN}, Epsilon()),
+        (Pass(), {POINTWISE}, Epsilon()),
+        (Epsilon(0.1), {LAYER, JOIN, POINTWISE, ELSEWHERE}, Epsilon(0.1)),
+    ],
+    ids=str,
+)
+def test_what_stands_where_a_rule_has_no_meaning(
+    rule: Rule, places: set[Site], instead: Rule
+) -> None:
+    """Rules for layers, for joins and for pointwise ops are the ε rule elsewhere."""
+    for site in (LAYER, JOIN, POINTWISE, ELSEWHERE):
+        assert rule.at(site) == (rule if site in places else instead)
+
+
+def test_pass_at_what_is_zero_at_zero() -> None:
+    """There the identity rule hands on as much, and needs no relevance of its own."""
+    assert Pass().at(Site(is_pointwise=True, vanishes=True)) == Identity()
+    composite = COMPOSITES["epsilon-plus"]
+
+    def function(x: Tensor) -> Tensor:
+        for activation in (F.gelu, F.relu, F.leaky_relu, F.softplus, torch.sigmoid):
+            x = activation(x).flip(1)
+        return torch.cos(F.relu(x) + 1)  # a region
+
+    rules = _rules(rewrite(function, {"x": X["x"]}, composite))
+    assert rules == {
+        "aten.gelu.default": "Identity()",
+        "aten.relu.default": "Identity()",
+        "aten.leaky_relu.default": "Identity()",
+        "aten.softplus.default": "Pass()",
+        "aten.sigmoid.default": "Pass()",
+        "aten.flip.default": "Epsilon(epsilon=1e-06)",
+        "activation_0": "Pass()",
+    }
 
 
 def _rules(rewritten: fx.GraphModule) -> dict[str, str]:
@@ -307,3 +448,91 @@ def test_a_rule_that_does_not_fit() -> None:
     with pytest.raises(RuleError, match=r"Uniform\(\) cannot stand at .* 'activation'") as raised:
         rewrite(_gated, X, composite)
     assert "product" in raised.value.remedy
+
+
+class Vision(nn.Module):
+    """A transformer on patches, or the convolutions before it alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.patches = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 8, 4, stride=4)
+        for name in ("q", "k", "v", "o"):
+            self.add_module(name, nn.Linear(8, 8))
+        self.norm, self.mlp, self.head = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.squeeze = nn.Linear(8, 8)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(batch, 2, 8, 8) → (batch, 3)."""
+        x = self.patches(torch.relu(self.stem(image))).flatten(2).mT
+        h = self.norm(x)
+        q, k, v = (layer(h)[:, None] for layer in (self.q, self.k, self.v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v)[:, 0])
+        x = F.gelu(self.mlp(x)).mean(1)
+        return self.head(x * torch.sigmoid(self.squeeze(x)))
+
+
+@pytest.mark.parametrize(
+    ("composite", "expected"),
+    [
+        (
+            "attnlrp-vision",
+            {"stem": "Gamma(gamma=0.25)", "q": "Epsilon()", "mlp": "Gamma(gamma=0.05)"},
+        ),
+        (
+            "epsilon-plus",
+            {"stem": "ZPlus(epsilon=1e-06)", "q": "Epsilon(epsilon=1e-06)"},
+        ),
+        (
+            "epsilon-alpha2-beta1",
+            {"stem": "AlphaBeta(alpha=2, beta=1, epsilon=1e-06)", "q": "Epsilon(epsilon=1e-06)"},
+        ),
+        (
+            "epsilon-alpha2-beta1-flat",
+            {
+                "stem": "Flat(epsilon=1e-06)",
+                "patches": "AlphaBeta(alpha=2, beta=1, epsilon=1e-06)",
+                "q": "Epsilon(epsilon=1e-06)",
+            },
+        ),
+        (
+            epsilon_gamma_box(-2.0, (2.0, 3.0)),
+            {
+                "stem": "ZBox(low=-2.0, high=(2.0, 3.0), epsilon=1e-06)",
+                "patches": "Gamma(gamma=0.25, epsilon=1e-06)",
+                "q": "Epsilon(epsilon=1e-06)",
+            },
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "name", ""),
+)
+def test_rules_of_a_vision_model(composite: str | Composite, expected: dict[str, str]) -> None:
+    """By role: the first layer, convolutions, projections, other dense layers, gates."""
+    explainer = attnlrp_fx.compile(
+        Vision().eval(), torch.randn(3, 2, 8, 8), composite=composite, backend="eager", audit=True
+    )
+    rules = {
+        module_path(node): node.meta["rule"]
+        for node in explainer.rewritten.graph.nodes
+        if "rule" in node.meta and is_matrix_product(node.meta.get("op"))
+    }
+    stem, dense = expected["stem"], expected.get("mlp", expected["q"])
+    wanted = {
+        "stem": stem,
+        "patches": expected.get("patches", stem),
+        **dict.fromkeys(("q", "k", "v", "o"), expected["q"]),
+        **dict.fromkeys(("mlp", "head"), dense),
+    }
+    is_gate_constant = composite != "attnlrp-vision"
+    if not is_gate_constant:
+        wanted["squeeze"] = dense
+    assert rules == wanted
+    (gate,) = (
+        n
+        for n in explainer.rewritten.graph.nodes
+        if "sigmoid" in n.name or "sigmoid" in str(n.args[:1])
+    )
+    assert (gate.meta["rule"] == "Constant()") == is_gate_constant
+    explanation = explainer(torch.randn(2, 2, 8, 8))
+    assert explanation.ledger is not None
+    scale = sum(abs(entry.received) for entry in explanation.ledger.entries)
+    assert abs(explanation.ledger.residual) <= 1e-5 * scale

@@ -388,3 +388,15 @@ def test_another_path_at_other_sizes() -> None:
     with pytest.raises(InputError, match="another path") as caught:
         explainer(torch.randn(2, 12, 3))
     assert "compile again" in str(caught.value)
+
+
+@pytest.mark.parametrize("example", [4, 40])
+def test_a_convolution_takes_any_batch(example: int) -> None:
+    """PyTorch chooses its kernel by the batch; the model takes the same path."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)).eval()
+    explainer = attnlrp_fx.compile(model, torch.rand(example, 1, 6, 6), backend="eager")
+    for rows in (1, 15, 33):
+        images = torch.rand(rows, 1, 6, 6)
+        relevance = explainer(images, target=0).relevance["input"]
+        one = explainer(images[-1:], target=0).relevance["input"]
+        torch.testing.assert_close(relevance[-1:], one)

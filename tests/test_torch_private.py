@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing import assert_close
 from torch.utils._sympy.functions import FloorDiv
 
+import attnlrp_fx
 from attnlrp_fx import torch_private
 from attnlrp_fx.capture import capture
 
@@ -178,6 +179,17 @@ def test_size_assumptions() -> None:
     assert any(torch_private.fails(a, {rows: 12}) for a in assumptions)
     assert not any(torch_private.fails(a, {rows: 5}) for a in assumptions)
     assert not any(torch_private.fails(a, {}) for a in assumptions)
+
+
+def test_the_choice_of_a_kernel_is_no_assumption() -> None:
+    """A convolution asks for its batch in order to choose a kernel, which changes nothing."""
+    layers = torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(64, 8)
+    model = torch.nn.Sequential(*layers).eval()
+    explainer = attnlrp_fx.compile(model, torch.rand(4, 1, 6, 6), backend="eager")
+    environment = torch_private.fake_mode_of(explainer.captured).shape_env
+    assert environment is not None
+    assert [str(guard.expr.rhs) for guard in environment.guards] == ["16"]
+    assert torch_private.size_assumptions(explainer.captured) == []
 
 
 def test_new_fake_mode() -> None:

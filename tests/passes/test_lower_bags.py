@@ -70,3 +70,29 @@ def test_each_index_has_its_rows_relevance():
 def test_bags_that_stay_say_so():
     with pytest.raises(InputError, match="nothing to explain"):
         attnlrp_fx.compile(Bags("max").eval(), {"ids": IDS}, backend="eager")
+
+
+class Normalised(nn.Module):
+    """Bags beside an op that capture decomposes, with other look-ups or without."""
+
+    def __init__(self, has_words):
+        super().__init__()
+        torch.manual_seed(0)
+        self.bags, self.norm = nn.EmbeddingBag(11, 4, mode="sum"), nn.BatchNorm1d(4)
+        self.words = nn.Embedding(11, 4) if has_words else None
+
+    def forward(self, ids):
+        x = self.bags(ids)
+        return self.norm(x if self.words is None else x + self.words(ids[:, 0]))
+
+
+@pytest.mark.parametrize("has_words", [False, True])
+def test_bags_before_an_op_that_is_decomposed(has_words):
+    """Decomposing the one op must not take the bags apart, and bags are look-ups, too."""
+    model = Normalised(has_words).double().eval()
+    explainer = attnlrp_fx.compile(model, {"ids": IDS[:2]}, backend="eager", target=1)
+    found = explainer(ids=IDS).relevance["ids"]
+    expected = model.bags.weight[IDS, 1].detach() / (1 + model.norm.eps) ** 0.5
+    if has_words:
+        expected[:, 0] += model.words.weight[IDS[:, 0], 1].detach() / (1 + model.norm.eps) ** 0.5
+    torch.testing.assert_close(found, expected)

@@ -18,9 +18,10 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import attnlrp_fx
-from attnlrp_fx import ops, passes
+from attnlrp_fx import COMPOSITES, ops, passes
 from attnlrp_fx.errors import PassError
 from attnlrp_fx.passes import (
+    ASSIGN,
     NORMALISE,
     OPTIONAL,
     PIPELINE,
@@ -36,23 +37,40 @@ aten = torch.ops.aten
 FOLDER = Path(inspect.getfile(passes)).resolve().parent
 PACKAGE = Path(inspect.getfile(attnlrp_fx)).parent
 NOT_PASSES = ("__init__", "base")
-CONTEXT = PassContext(positions=True)
+CONTEXT = PassContext(positions=True, composite=COMPOSITES["attnlrp-vision"])
+
+
+def randomised(norm):
+    """A batch normalisation with statistics as training leaves them."""
+    with torch.no_grad():
+        for value in (norm.running_mean, norm.weight, norm.bias):
+            value.normal_()
+        norm.running_var.uniform_(0.5, 2.0)
+    return norm
+
+
+def normalised(norm, x):
+    """A batch normalisation as capture leaves it: the op itself, so that the rest stays whole."""
+    statistics = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return aten._native_batch_norm_legit_no_training(x, *statistics, norm.momentum, norm.eps)[0]
 
 
 class Inner(nn.Module):
     """Something for nearly every pass: assertions, copies, identities, attention, a norm, a region,
-    a router and a recurrence."""
+    a router, a recurrence, batch normalisation, and a layer behind a rectifier."""
 
     def __init__(self):
         super().__init__()
         self.qkv = nn.Linear(8, 24)
         self.gate, self.up = (nn.Linear(8, 8) for _ in range(2))
+        self.mix, self.norm = nn.Conv1d(8, 8, 1), randomised(nn.BatchNorm1d(8))
 
     def forward(self, x):
         x = (x * 2).to(x.dtype)
         x = F.dropout(x, 0.1, self.training)
         q, k, v = self.qkv(x).chunk(3, -1)
         y = ((q @ k.transpose(1, 2)) * 8**-0.5).softmax(-1) @ v
+        y = torch.relu(normalised(self.norm, self.mix(y.transpose(1, 2)))).transpose(1, 2)
         y = x + aten.copy(torch.zeros_like(x), y) + F.adaptive_avg_pool1d(x, 1)
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)
         gate = self.gate(F.rrelu(y, training=self.training))
@@ -158,7 +176,7 @@ def test_leaves_a_graph_untouched_that_it_does_not_concern(run_next):
     graph = after(graph, *(passes.mark_sources,) * (run_next in RAISE))
     nodes = [(node, node.args, node.kwargs, dict(node.meta)) for node in graph.graph.nodes]
     code = graph.code
-    (result,) = run_passes(graph, PassContext(), (run_next,))
+    (result,) = run_passes(graph, PassContext(composite=CONTEXT.composite), (run_next,))
     assert result == PassResult(run_next.__name__)
     assert graph.code == code
     assert [(n, n.args, n.kwargs, dict(n.meta)) for n in graph.graph.nodes] == nodes
@@ -168,7 +186,8 @@ def test_leaves_a_graph_untouched_that_it_does_not_concern(run_next):
 def test_leaves_the_meaning_unchanged(run_next, everything):
     was = after(everything, *before_pass(run_next))
     now = after(was, run_next)
-    tolerance = 1e-6 if run_next is passes.raise_attention else 0
+    rounds = run_next in (passes.raise_attention, passes.merge_batch_norms)
+    tolerance = 1e-6 if rounds else 0
     expected, found = run(was, ids()), run(now, ids())
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
@@ -187,6 +206,7 @@ def test_new_nodes_have_provenance(run_next, everything):
             passes.mark_sources: ("words", "bags"),
             passes.mark_positions: ("places",),
             passes.lower_bags: ("bags",),
+            passes.merge_batch_norms: ("inner", "inner.mix"),
         }
         assert module_path(node) in places.get(run_next, ("inner",))
 
@@ -249,6 +269,7 @@ def test_pipeline_is_the_documented_tuple():
         "lower_pools",
         "lower_rrelu",
         "drop_identities",
+        "merge_batch_norms",
         "mark_sources",
         "mark_positions",
         "raise_attention",
@@ -257,8 +278,9 @@ def test_pipeline_is_the_documented_tuple():
         "raise_scans",
         "raise_activations",
         "assign_rules",
+        "mark_signs",
     ]
-    assert (*NORMALISE, *RAISE, passes.assign_rules) == PIPELINE
+    assert (*NORMALISE, *RAISE, *ASSIGN) == PIPELINE
 
 
 def test_nothing_registers_itself():
@@ -287,7 +309,7 @@ def test_pass_of_a_user():
         return result
 
     model = Written(lambda m, x: torch.tanh(x + x)).eval()
-    longer = (*PIPELINE[:-1], double_sums, PIPELINE[-1])
+    longer = (*NORMALISE, *RAISE, double_sums, *ASSIGN)
     given = {"x": torch.randn(2, 3)}
     explainer = attnlrp_fx.compile(model, given, passes=longer, backend="eager", target=1)
     (result,) = (r for r in explainer.report().passes if r.name == "double_sums")
