@@ -51,7 +51,7 @@ TRAINING = "forward + backward, in training"
 ZENNIT = "zennit"
 GAMMA = 0.25
 
-console = Console()
+console = Console(width=110)
 
 GAMMA_EVERYWHERE = COMPOSITES["attnlrp"].with_rules(
     (Match(role="convolution"), Gamma(GAMMA)),
@@ -240,7 +240,7 @@ def _relevance(explanation: attnlrp_fx.Explanation) -> Tensor:
 def show(measured: dict[str, Any]) -> None:
     """Print one model's tables."""
     for batch, found in measured["batches"].items():
-        table = Table(title=f"{measured['model']}, batch {batch}", title_justify="left")
+        table = Table(title=f"{measured['model']}, batch {batch}", title_justify="left", box=None)
         table.add_column("")
         table.add_column("milliseconds", justify="right")
         for reference in found["ratio"]:

@@ -19,6 +19,7 @@ from attnlrp_fx.passes.mark_signs import mark_signs
 from attnlrp_fx.passes.mark_sources import mark_sources
 from attnlrp_fx.passes.merge_batch_norms import merge_batch_norms
 from attnlrp_fx.passes.promote_casts import promote_casts
+from attnlrp_fx.passes.push_selections import push_selections
 from attnlrp_fx.passes.raise_activations import raise_activations
 from attnlrp_fx.passes.raise_attention import raise_attention
 from attnlrp_fx.passes.raise_norms import raise_norms
@@ -47,8 +48,8 @@ RAISE: tuple[Pass, ...] = (
 )
 """Passes that recognise what was decomposed."""
 
-ASSIGN: tuple[Pass, ...] = (assign_rules, mark_signs)
-"""Passes that write rules into the graph."""
+ASSIGN: tuple[Pass, ...] = (push_selections, assign_rules, mark_signs)
+"""Passes that decide what is computed, and write rules into the graph."""
 
 PIPELINE: tuple[Pass, ...] = (*NORMALISE, *RAISE, *ASSIGN)
 """The default pipeline, in order."""
@@ -105,6 +106,7 @@ __all__ = [
     "mark_sources",
     "merge_batch_norms",
     "promote_casts",
+    "push_selections",
     "raise_activations",
     "raise_attention",
     "raise_norms",

@@ -10,6 +10,7 @@ from attnlrp_fx import ops
 from attnlrp_fx.composites import ATTNLRP, Composite
 from attnlrp_fx.operators import Kind
 from attnlrp_fx.provenance import describe
+from attnlrp_fx.torch_private import fake_mode_of
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,21 @@ def call(like: fx.Node, constructed_by: str, op: Any, *args: Any, **kwargs: Any)
     Its value's shape and dtype are what the op makes of its arguments'.
     """
     node = like.graph.call_function(op, args, kwargs)
-    values = fx.node.map_arg((args, kwargs), lambda leaf: leaf.meta["val"])
     kept = {key: value for key, value in like.meta.items() if key not in ("val", "kind")}
-    node.meta = {**kept, "val": op(*values[0], **values[1]), "constructed_by": constructed_by}
+    node.meta = {**kept, "constructed_by": constructed_by}
+    compute(node)
     return node
+
+
+def compute(node: fx.Node) -> None:
+    """Give a node's value the shape and dtype that its op makes of its arguments'."""
+    module = node.graph.owning_module
+    assert module is not None
+    is_module = node.op == "call_module"
+    op: Any = module.get_submodule(str(node.target)) if is_module else node.target
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda leaf: leaf.meta["val"])
+    with fake_mode_of(module):
+        node.meta["val"] = op(*args, **kwargs)
 
 
 def finish(graph_module: fx.GraphModule) -> None:
