@@ -216,6 +216,9 @@ def _attention(args: Any, value: Tensor, part: Part) -> dict[int, int] | None:
     """Queries are rows of the result; a mask has a row for each query."""
     if part.dim != 2 or value.dim() != 4:
         return None
+    queries, keys = (str(operand.meta["val"].shape[2]) for operand in args[:2])
+    if len(args) > 5 and args[5] and queries != keys:
+        return None
     found = {0: part.dim}
     if len(args) > 3 and args[3] is not None:
         mask = args[3].meta["val"]

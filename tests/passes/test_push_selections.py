@@ -211,6 +211,19 @@ def test_attention(causal, place):
     same(before, after, x)
 
 
+def test_causal_attention_of_fewer_queries_than_keys():
+    """The last query is not the last key's then: left whole."""
+
+    def fewer(m: Any, x: Tensor) -> Tensor:
+        h = F.linear(x, m.a).unflatten(-1, (2, 2)).transpose(1, 2)
+        return F.scaled_dot_product_attention(h[:, :, :3], h, h, is_causal=True)[:, :, -1]
+
+    x = randn(2, 5, 4)
+    before, after, result = pushed(fewer, x, a=randn(4, 4))
+    assert result.changes == 0
+    same(before, after, x)
+
+
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = LlamaConfig(
     vocab_size=40, intermediate_size=32, num_key_value_heads=1, pad_token_id=0, **SMALL
