@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from attnlrp_fx.calls import Call, Explicit, Shares, parts_of, vjp
+from attnlrp_fx.errors import RuleError
 from attnlrp_fx.operators import is_convolution, product_of
 
 Transposed = Callable[[Tensor], Tensor]
@@ -278,6 +279,12 @@ def _end(value: float | Sequence[float], x: Tensor) -> Tensor:
     """One end of the range as it broadcasts to the input: a number, or one a channel."""
     if isinstance(value, int | float):
         return torch.full((), value, dtype=x.dtype, device=x.device)
+    if x.dim() < 2 or len(value) not in (1, x.shape[1]):
+        raise RuleError(
+            f"ZBox has ends for {len(value)} channels, a layer reads {tuple(x.shape)}",
+            why="channels are the second dimension of what the layer reads",
+            remedy="pass one number for all, or narrow the matcher to the layer that reads images",
+        )
     ends = torch.stack([torch.full((), end, dtype=x.dtype, device=x.device) for end in value])
     return ends.reshape(-1, *[1] * (x.dim() - 2))
 

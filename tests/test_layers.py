@@ -18,6 +18,7 @@ from references import Explained, explain
 from torch import Tensor, fx, nn
 from torch.testing import assert_close
 
+import attnlrp_fx
 from attnlrp_fx import (
     COMPOSITES,
     AlphaBeta,
@@ -26,6 +27,7 @@ from attnlrp_fx import (
     Gamma,
     Match,
     Rule,
+    RuleError,
     WSquare,
     ZBox,
     ZPlus,
@@ -452,3 +454,12 @@ def test_signs_change_no_number_of_a_network(name: str, rule_name: str) -> None:
         assert_close(marked.relevance["input"], expected, rtol=1e-12, atol=1e-12 * scale)
         for node, sums in unmarked.sums.items():
             assert_close(marked.sums[node], sums, rtol=1e-11, atol=1e-11 * scale)
+
+
+def test_z_box_of_other_channels() -> None:
+    """Ends for three channels at a layer behind a flatten: an error that says so."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval()
+    composite = COMPOSITES["attnlrp"].with_rules((Match(role="first"), ZBox((0, 0, 0), (1, 1, 1))))
+    with pytest.raises(RuleError, match="ends for 3 channels, a layer reads") as raised:
+        attnlrp_fx.compile(model, torch.rand(2, 3, 2, 2), composite=composite, backend="eager")
+    assert "one number for all" in str(raised.value)
