@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from attnlrp_fx.errors import CaptureError, InputError
 from attnlrp_fx.functionalise import functional
 from attnlrp_fx.known import holding
+from attnlrp_fx.operators import outputs_of
 from attnlrp_fx.settings import capturable
 from attnlrp_fx.torch_private import own_backwards, unlike_symbols
 
@@ -318,7 +319,7 @@ def _captured(
     assert out_spec is not None
     graph_module = _flat(graph_module)
     names = tuple(str(n.target) for n in graph_module.graph.find_nodes(op="placeholder"))
-    outputs = list(graph_module.graph.output_node().args[0])  # type: ignore[arg-type]
+    outputs = outputs_of(graph_module.graph)
     output_names = _paths(pytree.tree_unflatten(list(range(len(outputs))), out_spec))
     notes += _static_notes(graph_module)
     tensors = (leaf for leaf in example if isinstance(leaf, Tensor))

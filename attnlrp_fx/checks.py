@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from attnlrp_fx.errors import InputError, NonFiniteError
-from attnlrp_fx.operators import is_op
+from attnlrp_fx.operators import is_op, outputs_of
 from attnlrp_fx.provenance import describe, module_path
 from attnlrp_fx.tape import Tape
 from attnlrp_fx.tokens import table_and_indices
@@ -261,8 +261,8 @@ def find_non_finite(
     with torch.no_grad():
         tape = Tape(rewritten, attributes, watch=watch)
         tape.run(*inputs.values())
-        outputs = rewritten.graph.output_node().args[0]
-        tape.reverse({outputs[i]: seed for i, seed in seeds.items()})  # type: ignore[index,misc]
+        outputs = outputs_of(rewritten.graph)
+        tape.reverse({outputs[i]: seed for i, seed in seeds.items()})
 
 
 def _same(value: Any, constant: Any) -> bool:

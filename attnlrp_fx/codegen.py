@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from attnlrp_fx.errors import AttnLRPError, RuleError
 from attnlrp_fx.functionalise import relax_views
-from attnlrp_fx.operators import aten, is_op
+from attnlrp_fx.operators import aten, is_op, outputs_of
 from attnlrp_fx.partition import SEED, hoist, split
 from attnlrp_fx.provenance import describe
 from attnlrp_fx.tape import Tape
@@ -54,12 +54,10 @@ class Program:
     device: torch.device
 
     @property
-    def derived_names(self) -> tuple[str, ...]:
-        """What both sides call the derived values."""
-        if self.derived is None:
-            return ()
-        (values,) = self.derived.graph.output_node().args
-        return tuple(f"derived:{node.name}" for node in values)  # type: ignore[union-attr]
+    def derived_values(self) -> dict[str, Tensor]:
+        """The derived values' sizes and dtypes, by what both sides call them."""
+        values = outputs_of(self.derived.graph) if self.derived is not None else []
+        return {f"derived:{node.name}": node.meta["val"] for node in values}
 
 
 def emit(
@@ -87,7 +85,7 @@ def emit(
     """
     graph = rewritten.graph
     placeholders = graph.find_nodes(op="placeholder")
-    outputs = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    outputs = outputs_of(graph)
     mode = fake_mode_of(rewritten)
     explained: list[str] = []
     audited: list[str] = []

@@ -168,8 +168,8 @@ def gamma(call: Call) -> tuple[Tensor, Explicit]:
     def pulled(relevance: Tensor) -> Shares:
         sign = _with_sign(half, z > 0, z.dtype)
         total = (1 + half) * z + sign * magnitude
-        kept = _spread(layer, bias)
-        kept = kept if bias is None else (1 + half) * kept + sign * kept.abs()  # type: ignore[union-attr]
+        kept: Any = _spread(layer, bias)
+        kept = (1 + half) * kept + sign * abs(kept)
         a, absorbed = layer.divided(relevance, total, kept)
         by_sign = of_magnitude(sign * a)
         by_sign = by_sign if is_nonnegative else _with_sign(1, x >= 0, x.dtype) * by_sign
@@ -209,8 +209,8 @@ def alpha_beta(call: Call) -> tuple[Tensor, Explicit]:
             (transposed, *layer.divided(share * relevance, total, kept))
             for share, total, transposed, kept in parts
         ]
-        coefficient = sum(transposed(a) for transposed, a, _ in shared)
-        return Shares([coefficient], absorbed=sum(lost for *_, lost in shared))  # type: ignore[list-item,arg-type]
+        coefficient: Any = sum(transposed(a) for transposed, a, _ in shared)
+        return Shares([coefficient], absorbed=torch.stack([lost for *_, lost in shared]).sum())
 
     return layer.output, Explicit(pulled)
 

@@ -74,7 +74,7 @@ def program_cost(program: Program, inputs: Mapping[str, Tensor]) -> Cost:
         }
         parameters = [values[name] for name in program.attributes if name in values]
         derived = [] if program.derived is None else _run(program.derived, values).results
-        values |= dict(zip(program.derived_names, derived, strict=True))
+        values |= dict(zip(program.derived_values, derived, strict=True))
         forward = _run(program.forward, values)
         outputs, kept = forward.results[: program.outputs], forward.results[program.outputs :]
         seeds = {f"seed_{i}": torch.empty_like(outputs[i]) for i in program.seeded}

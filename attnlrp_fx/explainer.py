@@ -23,6 +23,7 @@ from attnlrp_fx.heatmap import Normalisation
 from attnlrp_fx.labels import Labels
 from attnlrp_fx.ledger import Ledger, read_ledger
 from attnlrp_fx.masking import Masked
+from attnlrp_fx.operators import outputs_of
 from attnlrp_fx.report import Compilation, Report
 from attnlrp_fx.rewriting import Rewriting, rewrite
 from attnlrp_fx.targets import Chosen, Outputs, Target, TargetLike, as_target
@@ -235,7 +236,11 @@ class ExplainableGraphModule(nn.Module):
         """
         context = replace(self._rewriting.context, composite=composite_named(composite))
         rewriting = rewrite(self._convention, context, self._rewriting.passes)
-        made = ExplainableGraphModule(self.model, self._convention, rewriting, self._options, 0.0)
+        seconds = self._report.capture_seconds
+        made = ExplainableGraphModule(
+            self.model, self._convention, rewriting, self._options, seconds
+        )
+        made._captured_device = self._captured_device  # the model may have moved since
         return made.prepare()
 
     def refresh(self) -> None:
@@ -355,9 +360,9 @@ class ExplainableGraphModule(nn.Module):
             leaves = [watched[i] for i in floating]
             found = torch.autograd.grad(chosen.value.sum(), leaves, allow_unused=True)
         seeds = {i: seed for i, seed in zip(floating, found, strict=True) if seed is not None}
-        outputs = self.rewritten.graph.output_node().args[0]
+        outputs = outputs_of(self.rewritten.graph)
         for i in seeds:
-            if not ops.is_explained(outputs[i]):  # type: ignore[index,arg-type]
+            if not ops.is_explained(outputs[i]):
                 raise TargetError(
                     f"output '{self._convention.output_names[i]}' does not depend on what is "
                     "explained",
@@ -411,7 +416,7 @@ class ExplainableGraphModule(nn.Module):
                 nodes=len(program.graph_module.graph.nodes),
                 emit_seconds=traced - start,
                 backend_seconds=time.perf_counter() - traced,
-                derived_bytes=_derived_bytes(program),
+                derived_bytes=sum(int(v.nbytes) for v in program.derived_values.values()),
             )
         )
         return compiled
@@ -420,7 +425,7 @@ class ExplainableGraphModule(nn.Module):
         if program.derived is None:
             return None
         run = compile_graph(program.derived, backend)
-        return Derived(_input_names(program.derived), program.derived_names, run)
+        return Derived(_input_names(program.derived), list(program.derived_values), run)
 
     def _emit(self, seeded: tuple[int, ...], device: torch.device) -> Program:
         """Trace the program for some seeds on a device."""
@@ -472,13 +477,6 @@ def _kind(target: Target) -> tuple[Any, ...]:
 
 def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
-
-
-def _derived_bytes(program: Program) -> int:
-    if program.derived is None:
-        return 0
-    (values,) = program.derived.graph.output_node().args
-    return sum(int(v.meta["val"].numel()) * v.meta["val"].itemsize for v in values)  # type: ignore[union-attr]
 
 
 def _input_names(graph_module: fx.GraphModule) -> tuple[str, ...]:

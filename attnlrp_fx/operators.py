@@ -328,6 +328,25 @@ def leaves(argument: Any) -> Iterator[fx.Node]:
             yield from leaves(item)
 
 
+def outputs_of(graph: fx.Graph) -> list[Any]:
+    """What a captured, rewritten or traced graph returns: nodes and constants, flat."""
+    values: Any = graph.output_node().args[0]
+    return list(values)
+
+
+def is_broadcast(factor: fx.Node, product: fx.Node) -> bool:
+    """Whether a factor has one number where the product has many."""
+    sizes, wanted = factor.meta["val"].shape, product.meta["val"].shape
+    return len(sizes) < len(wanted) or any(
+        str(a) == "1" != str(b) for a, b in zip(sizes, wanted, strict=True)
+    )
+
+
+def is_free(node: fx.Node) -> bool:
+    """Whether a node is a view: it rearranges and copies nothing."""
+    return is_structural(node) and not is_op(node, "_to_copy", "clone")
+
+
 def factors_of(node: fx.Node) -> list[fx.Node]:
     """The factors of a product, one that stands twice counted twice; none of any other op."""
     product = product_of(node.target)

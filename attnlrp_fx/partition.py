@@ -15,7 +15,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from attnlrp_fx.operators import is_cheap, is_op, is_structural
+from attnlrp_fx.operators import is_cheap, is_free, outputs_of
 from attnlrp_fx.torch_private import fresh, typical_size
 
 SEED = "seed_"
@@ -43,7 +43,7 @@ def split(
         that a side does not use are left out; `node.meta["name"]` says what each one is.
     """
     graph = program.graph
-    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    results = outputs_of(graph)
     needed = _closure(r for r in results[:outputs] if isinstance(r, fx.Node))
     needed |= {n for n in graph.nodes if n.target is operator.getitem and n.args[0] in needed}
     wanted = _closure(r for r in results[outputs:] if isinstance(r, fx.Node))
@@ -91,14 +91,14 @@ def _is_derived(node: fx.Node, constant: set[fx.Node]) -> bool:
     """Whether a value of constants is computed, and is read, or a view of it is, by what is not."""
     if node.op == "placeholder" or not isinstance(node.meta.get("val"), Tensor):
         return False
-    if is_structural(node) and not is_op(node, "_to_copy", "clone"):
+    if is_free(node):
         return False
     stack = list(node.users)
     while stack:
         user = stack.pop()
         if user not in constant:
             return True
-        if is_structural(user) and not is_op(user, "_to_copy", "clone"):
+        if is_free(user):
             stack += user.users
     return False
 
@@ -174,7 +174,7 @@ def _may_recompute(node: fx.Node, recompute: bool) -> bool:
     """Whether a value that the forward side has may be computed once more."""
     if not isinstance(node.meta.get("val"), Tensor):
         return isinstance(node.meta.get("val"), int | float | torch.SymInt | torch.SymFloat)
-    if is_structural(node) and not is_op(node, "_to_copy", "clone"):
+    if is_free(node):
         return node.target is not operator.getitem
     return recompute and is_cheap(node)
 

@@ -6,7 +6,7 @@ A node may have several. Modules and their names play no part.
 from collections.abc import Iterator, Set
 from enum import StrEnum
 
-from torch import Tensor, fx
+from torch import fx
 
 from attnlrp_fx import ops
 from attnlrp_fx.analysis import parameter_values
@@ -14,6 +14,7 @@ from attnlrp_fx.operators import (
     Kind,
     explained_factors,
     factors_of,
+    is_broadcast,
     is_convolution,
     is_elementwise,
     is_matrix_product,
@@ -112,14 +113,9 @@ def _of_factors(node: fx.Node, explained: Set[fx.Node]) -> Iterator[tuple[fx.Nod
             yield producers[kinds.index(kind)], role
             return
     if kinds.count(Kind.ACTIVATION) == 2:
-        spread = [_is_broadcast(factor, node) for factor in factors]
+        spread = [is_broadcast(factor, node) for factor in factors]
         if sum(spread) == 1:
             yield producers[spread.index(True)], Role.GATE
-
-
-def _is_broadcast(factor: fx.Node, product: fx.Node) -> bool:
-    value, whole = factor.meta["val"], product.meta["val"]
-    return isinstance(value, Tensor) and value.shape != whole.shape
 
 
 def _producer(node: fx.Node, explained: Set[fx.Node]) -> fx.Node:

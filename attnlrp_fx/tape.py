@@ -208,12 +208,12 @@ class Tape(Runner):
         self.watch(node, "relevance", r if c is None else c)
         shares, sums = self._shares(node, c, r)
         inputs = [leaf for leaf in leaves((node.args[1:], node.kwargs)) if ops.is_explained(leaf)]
-        for leaf, value, coefficient in zip(
-            inputs, call.primals, shares.coefficients, strict=False
-        ):
+        none = [None] * len(inputs)
+        coefficients, relevance = shares.coefficients or none, shares.relevance or none
+        for leaf, value, coefficient in zip(inputs, call.primals, coefficients, strict=True):
             if coefficient is not None:
                 _add(received.coefficients, leaf, coefficient.to(value.dtype))
-        for leaf, share in zip(inputs, shares.relevance, strict=False):
+        for leaf, share in zip(inputs, relevance, strict=True):
             if share is not None:
                 _add(received.relevance, leaf, share)
         if audited is not None:

@@ -133,7 +133,8 @@ def tune(
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("tuning γ", total=len(combinations) * len(batches))
         for chosen in combinations:
-            tried = explainer.with_composite(with_gammas(base, chosen))
+            composite = with_gammas(base, chosen)
+            tried = explainer.with_composite(composite)
             areas = []
             for batch in batches:
                 curves = perturbation_curves(
@@ -148,7 +149,7 @@ def tune(
                 bar.advance(task)
             area = torch.cat(areas).double()
             error = float(area.std()) / math.sqrt(len(area)) if len(area) > 1 else math.nan
-            trials.append(Trial(chosen, float(area.mean()), error, with_gammas(base, chosen)))
+            trials.append(Trial(chosen, float(area.mean()), error, composite))
     ordered = sorted(trials, key=lambda trial: -trial.score)
     return Tuning(tuple(ordered), sum(next(iter(b.values())).shape[0] for b in batches))
 

@@ -56,11 +56,6 @@ CAREFUL = (ops.identity, ops.gradient, ops.taylor)
 REGARDLESS = (ops.flat, ops.w_square, ops.z_box, ops.passed, ops.join)
 """Rules that give relevance to values that are zero."""
 
-READS: dict[Any, tuple[str, ...]] = {
-    ops.gamma: ("nonnegative", "rectified"),
-    ops.alpha_beta: ("nonnegative",),
-}
-
 
 def mark_signs(graph_module: fx.GraphModule, context: PassContext) -> PassResult:
     """Write what is known of signs into the relevance ops that read it."""
@@ -72,14 +67,15 @@ def mark_signs(graph_module: fx.GraphModule, context: PassContext) -> PassResult
             nonnegative.add(node)
     given = _given_regardless(graph)
     for node in graph.nodes:
-        if node.target not in READS:
+        reads = {"nonnegative", "rectified"} & {*ops.RULE_PARAMETERS.get(node.target, ())}
+        if not reads:
             continue
         x = next(leaf for leaf in leaves(node.args[1:]) if ops.is_explained(leaf))
         known = {
             "nonnegative": x in nonnegative,
             "rectified": node not in given and _is_rectified(node),
         }
-        found = {name: True for name in READS[node.target] if known[name]}
+        found = {name: True for name in known if name in reads and known[name]}
         if not found.items() <= node.kwargs.items():
             node.kwargs = {**node.kwargs, **found}
             result.changes += 1

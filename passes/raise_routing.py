@@ -20,6 +20,7 @@ from attnlrp_fx.analysis import explained_values
 from attnlrp_fx.operators import (
     Kind,
     explained_factors,
+    is_broadcast,
     is_elementwise,
     is_op,
     is_structural,
@@ -46,7 +47,7 @@ def raise_routing(graph_module: fx.GraphModule, context: PassContext) -> PassRes
             continue
         chosen = [factor for factor in factors if _is_chosen(factor, explained)]
         if len(chosen) == 2:
-            chosen = [factor for factor in factors if _is_broadcast(factor, node)]
+            chosen = [factor for factor in factors if is_broadcast(factor, node)]
         if len(chosen) == 1:
             explained.add(mark(node, chosen[0], ops.routing, Kind.ROUTING, result))
     if result.changes:
@@ -75,14 +76,6 @@ def _is_chosen(factor: fx.Node, explained: Set[fx.Node]) -> bool:
         ):
             stack += inputs
     return False
-
-
-def _is_broadcast(factor: fx.Node, product: fx.Node) -> bool:
-    """Whether a factor has one number where the product has many."""
-    sizes, wanted = factor.meta["val"].shape, product.meta["val"].shape
-    return len(sizes) < len(wanted) or any(
-        str(a) == "1" != str(b) for a, b in zip(sizes, wanted, strict=True)
-    )
 
 
 def _has_chosen_indices(node: fx.Node, explained: Set[fx.Node]) -> bool:

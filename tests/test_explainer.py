@@ -451,3 +451,19 @@ def test_ids_are_never_the_same_by_chance() -> None:
     ids = token_ids(3, 7)
     assert ids.max() < VOCABULARY
     assert len({tuple(row) for row in ids.tolist()}) == 3
+
+
+def test_with_composite() -> None:
+    """Other rules without another capture; constants still move from where they were captured."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    x = torch.linspace(-1, 1, 6).view(2, 3)
+    plain = attnlrp_fx.compile(model, x, backend="eager")
+    other = plain.with_composite("attnlrp-vision")
+    anew = attnlrp_fx.compile(model, x, composite="attnlrp-vision", backend="eager")
+    assert torch.equal(other(x).relevance["input"], anew(x).relevance["input"])
+    assert not torch.equal(other(x).relevance["input"], plain(x).relevance["input"])
+    assert other.report().capture_seconds == plain.report().capture_seconds
+    with pytest.raises(attnlrp_fx.RuleError, match="no composite 'magic'"):
+        plain.with_composite("magic")
+    model.to("meta")
+    assert plain.with_composite("gradient")._captured_device == torch.device("cpu")
