@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from attnlrp_fx.faithfulness import Curves, Perturbation, perturbation_curves
     from attnlrp_fx.heatmap.display import Display
     from attnlrp_fx.ledger import Ledger
+    from attnlrp_fx.mapping import Mapped, Throughput
     from attnlrp_fx.rules import (
         AlphaBeta,
         Attention,
@@ -85,6 +86,7 @@ __all__ = [
     "Ledger",
     "LogProb",
     "Logit",
+    "Mapped",
     "Match",
     "MissingExtraError",
     "ModelNotFoundError",
@@ -97,6 +99,7 @@ __all__ = [
     "StatisticConstant",
     "TargetError",
     "Taylor",
+    "Throughput",
     "Uniform",
     "WSquare",
     "Winner",
@@ -131,6 +134,7 @@ _HOMES = {
     "faithfulness": ("Curves", "Perturbation", "perturbation_curves"),
     "heatmap.display": ("Display",),
     "ledger": ("Ledger",),
+    "mapping": ("Mapped", "Throughput"),
     "rules": (
         "AlphaBeta",
         "Attention",

@@ -3,7 +3,7 @@
 `emit` runs the tape on fake tensors that have the captured graph's symbolic sizes, under `make_fx`.
 What comes out is one flat graph of ATen ops, without autograd and detach: parameters, inputs and
 seeds in; outputs, relevance and ledger out. Parameters are inputs under the model's own names, so
-that an optimiser's step shows at once.
+that an optimiser's step shows at once. A whole graph and one region of it are traced alike.
 
 Every size is computed once, from the inputs' sizes, so that no value is kept for its shape alone.
 """
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -21,37 +21,46 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from attnlrp_fx.errors import AttnLRPError, RuleError
 from attnlrp_fx.functionalise import relax_views
-from attnlrp_fx.operators import aten, is_op, outputs_of
+from attnlrp_fx.operators import aten, is_op, outputs_of, placeholders_of
 from attnlrp_fx.partition import SEED, hoist, split
 from attnlrp_fx.provenance import describe
-from attnlrp_fx.tape import Tape
+from attnlrp_fx.regions import computed
+from attnlrp_fx.tape import Channel, Received, Tape
 from attnlrp_fx.torch_private import fake_mode_of
+
+
+class Port(NamedTuple):
+    """Where a value goes into a traced graph's reverse pass, or comes out of it."""
+
+    place: int
+    """Which output of the graph it belongs to, or which input."""
+    channel: Channel
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class Program:
-    """A traced program, whole and split.
+    """A traced graph, whole and split.
 
-    The whole takes (attributes, inputs, seeds) and returns (outputs, relevance, sums), flat.
+    The whole takes (attributes, inputs, seeds) and returns (outputs, what inputs receive, sums).
     """
 
     graph_module: fx.GraphModule
     attributes: tuple[str, ...]
     """Parameters, buffers and constants, by the model's own names."""
     inputs: tuple[str, ...]
-    seeded: tuple[int, ...]
-    """Which flat outputs have a seed."""
+    seeds: tuple[Port, ...]
+    """What outputs have received when the reverse pass begins; at the model's end, the seeds."""
     outputs: int
-    """How many outputs the model has."""
-    explained: tuple[str, ...]
-    """The explained inputs, in the order of their relevance."""
-    audited: tuple[str, ...]
-    """The nodes whose sums the program returns, empty unless audited."""
+    """How many outputs the graph has."""
+    received: tuple[Port, ...]
+    """What inputs have received when it ends; of the model's inputs, their relevance."""
+    audited: tuple[int, ...]
+    """The nodes whose sums it returns, by their places in the graph; empty unless audited."""
     forward: fx.GraphModule
     relevance: fx.GraphModule
     derived: fx.GraphModule | None
     """Attributes → what depends on them alone, if that is kept from call to call."""
-    device: torch.device
 
     @property
     def derived_values(self) -> dict[str, Tensor]:
@@ -60,34 +69,45 @@ class Program:
         return {f"derived:{node.name}": node.meta["val"] for node in values}
 
 
+@dataclass(frozen=True)
+class EmitOptions:
+    """How graphs are traced."""
+
+    device: torch.device
+    """Where the program will run."""
+    captured_device: torch.device
+    """Where the model was captured; constants created there move along."""
+    audit: bool = False
+    """Whether the program also returns the ledger's sums."""
+    recompute: bool = True
+    """Whether the relevance side may compute cheap values again, see `split`."""
+    keep_derived: bool = False
+    """Whether what depends on parameters alone is taken out of both sides."""
+
+
 def emit(
-    rewritten: fx.GraphModule,
-    seeded: Sequence[int],
-    *,
+    graph_module: fx.GraphModule,
+    seeds: Sequence[Port],
     attributes: Mapping[str, Tensor],
-    device: torch.device,
-    captured_device: torch.device,
-    audit: bool = False,
-    recompute: bool = True,
-    keep_derived: bool = False,
+    options: EmitOptions,
 ) -> Program:
-    """Trace the tape of a rewritten graph into a program.
+    """Trace the tape of a rewritten graph, or of a region of one, into a program.
 
     Args:
-        rewritten: the rewritten graph.
-        seeded: positions of the flat outputs that get a seed.
+        graph_module: the graph.
+        seeds: what flat outputs have received when the reverse pass begins.
         attributes: the graph's tensors by name; only their sizes, strides and dtypes are read.
-        device: where the program will run.
-        captured_device: where the model was captured; constants created there move along.
-        audit: whether the program also returns the ledger's sums.
-        recompute: whether the relevance side may compute cheap values again, see `split`.
-        keep_derived: whether what depends on parameters alone is taken out of both sides.
+        options: how it is traced.
+
+    Raises:
+        RuleError: an op cannot be traced, or writes in place.
     """
-    graph = rewritten.graph
-    placeholders = graph.find_nodes(op="placeholder")
+    graph = graph_module.graph
+    placeholders = placeholders_of(graph_module)
+    names = [str(node.target) for node in placeholders]
     outputs = outputs_of(graph)
-    mode = fake_mode_of(rewritten)
-    explained: list[str] = []
+    mode = fake_mode_of(graph_module)
+    received: list[Port] = []
     audited: list[str] = []
     traced_last: list[tuple[fx.Node, str]] = []
 
@@ -95,52 +115,58 @@ def emit(
         traced_last[:] = [(node, phase)]
         return _annotate(node, phase)
 
-    def program(
-        attributes: dict[str, Tensor], inputs: list[Tensor], seeds: list[Tensor]
-    ) -> list[Any]:
-        moved = device if device != captured_device else None
-        tape = Tape(rewritten, attributes, moved, annotate)
+    def program(attributes: dict[str, Tensor], inputs: list[Any], given: list[Tensor]) -> list[Any]:
+        moved = options.device if options.device != options.captured_device else None
+        tape = Tape(graph_module, attributes, moved, annotate)
         results = tape.run(*inputs)
-        read = tape.reverse(
-            {outputs[i]: seed for i, seed in zip(seeded, seeds, strict=True)}, audit=audit
-        )
-        explained[:] = read.relevance
+        arrived = Received()
+        for seed, value in zip(seeds, given, strict=True):
+            arrived.add(seed.channel, outputs[seed.place], value)
+        read = tape.reverse(arrived, audit=options.audit)
+        found = {
+            Port(names.index(name), channel, value.dtype): value
+            for channel, values in read.by_channel().items()
+            for name, value in values.items()
+        }
+        received[:] = found
         audited[:] = read.sums
-        sums = [torch.stack(list(read.sums.values()))] if read.sums else []
-        return [*results, *read.relevance.values(), *sums]
+        ordered = [read.sums[node.name] for node in computed(graph) if node.name in read.sums]
+        sums = [torch.stack(ordered)] if ordered else []
+        return [*map(_contiguous, [*results, *found.values()]), *sums]
 
     with mode, torch.no_grad():
         fakes = {
-            name: mode.from_tensor(value, static_shapes=True).to(device)
+            name: mode.from_tensor(value, static_shapes=True).to(options.device)
             for name, value in attributes.items()
         }
-        fake_inputs = [_on(node.meta["val"], device) for node in placeholders]
-        seeds = [_on(outputs[i].meta["val"], device) for i in seeded]
+        inputs = [_on(node.meta["val"], options.device) for node in placeholders]
+        given = [_on(outputs[p.place].meta["val"], options.device, p.dtype) for p in seeds]
         try:
             with torch.fx.traceback.preserve_node_meta():
-                traced = make_fx(program, tracing_mode="symbolic")(fakes, fake_inputs, seeds)
+                traced = make_fx(program, tracing_mode="symbolic")(fakes, inputs, given)
         except AttnLRPError:
             raise
         except Exception as error:
             raise _untraceable(error, *traced_last[0]) from error
-    names = [str(node.target) for node in placeholders]
-    _name_inputs(traced, [*attributes, *names, *(f"{SEED}{i}" for i in seeded)], len(attributes))
+    called = [("attribute", name) for name in attributes]
+    called += [("input", name) for name in names]
+    called += [("seed", f"{SEED}{i}") for i in range(len(seeds))]
+    _name_inputs(traced, called)
     _clean(traced)
     _check_pure(traced)
-    rest, derived = hoist(traced) if keep_derived else (traced, None)
-    forward, relevance = split(rest, len(outputs), recompute)
+    rest, derived = hoist(traced) if options.keep_derived else (traced, None)
+    forward, relevance = split(rest, len(outputs), options.recompute)
     return Program(
         graph_module=traced,
         attributes=tuple(attributes),
         inputs=tuple(names),
-        seeded=tuple(seeded),
+        seeds=tuple(seeds),
         outputs=len(outputs),
-        explained=tuple(explained),
-        audited=tuple(audited),
+        received=tuple(received),
+        audited=tuple(i for i, node in enumerate(computed(graph)) if node.name in audited),
         forward=forward,
         relevance=relevance,
         derived=derived,
-        device=device,
     )
 
 
@@ -158,9 +184,16 @@ def _untraceable(error: Exception, node: fx.Node, phase: str) -> RuleError:
     )
 
 
-def _on(value: Tensor, device: torch.device) -> Tensor:
-    """A fake tensor of the same sizes, contiguous, on a device."""
-    return torch.empty(value.shape, dtype=value.dtype, device=device)
+def _on(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """A fake tensor of the same sizes, contiguous, on a device; a size as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty(value.shape, dtype=dtype or value.dtype, device=device)
+
+
+def _contiguous(value: Any) -> Any:
+    """What one program hands to another is contiguous, so that all agree about its strides."""
+    return value.contiguous() if isinstance(value, Tensor) else value
 
 
 @contextmanager
@@ -170,15 +203,14 @@ def _annotate(node: fx.Node, phase: str) -> Iterator[None]:
         yield
 
 
-def _name_inputs(program: fx.GraphModule, names: Sequence[str], attributes: int) -> None:
-    """Give a traced program flat inputs, each named for what it is, attributes first."""
+def _name_inputs(program: fx.GraphModule, called: Sequence[tuple[str, str]]) -> None:
+    """Give a traced program flat inputs, each named for the part that it is of and what it is."""
     program.graph.set_codegen(fx.graph.CodeGen())
-    placeholders = program.graph.find_nodes(op="placeholder")
-    for i, (node, name) in enumerate(zip(placeholders, names, strict=True)):
+    for node, (part, name) in zip(placeholders_of(program), called, strict=True):
         readable = re.sub(r"\W", "_", name)
         node._rename(f"_{readable}" if readable[0].isdigit() else readable)
         node.target = node.name
-        node.meta |= {"name": name, "attribute": i < attributes}
+        node.meta |= {"name": name, "part": part}
 
 
 def _clean(program: fx.GraphModule) -> None:
@@ -274,7 +306,7 @@ def _share_sizes(graph: fx.Graph) -> None:
     placeholders = graph.find_nodes(op="placeholder")
     with graph.inserting_after(placeholders[-1]):
         for node in reversed(placeholders):
-            if str(node.target).startswith(SEED):
+            if node.meta["part"] == "seed":
                 continue
             for dim, size in enumerate(getattr(node.meta["val"], "shape", ())):
                 if isinstance(size, torch.SymInt):
@@ -283,7 +315,7 @@ def _share_sizes(graph: fx.Graph) -> None:
                     known[str(size)] = read
     for node in list(graph.nodes):
         value = node.meta.get("val")
-        if node.op == "call_function" and isinstance(value, torch.SymInt):
+        if isinstance(value, torch.SymInt):
             first = known.setdefault(str(value), node)
             if first is not node:
                 node.replace_all_uses_with(first)

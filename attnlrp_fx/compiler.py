@@ -33,6 +33,7 @@ def compile(
     positions: bool = False,
     audit: bool = False,
     derived_weights: str = "recompute",
+    regions: bool = True,
     fallback: str = "error",
     tokenizer: Any = None,
     processor: Any = None,
@@ -61,6 +62,8 @@ def compile(
         derived_weights: what becomes of values made of parameters alone, as |W| under a γ rule:
             "recompute" at every explanation, or "keep", which is faster and takes the memory that
             the report states; see `ExplainableGraphModule.refresh`.
+        regions: whether repeated blocks are found and each distinct one is compiled once, so that
+            compiling takes no longer for a deeper model; otherwise everything is one program.
         fallback: what becomes of an op that no rule claims: "error", or "gradient" to use the
             op's own gradient and say so in the report.
         tokenizer: gives explanations their tokens.
@@ -109,6 +112,7 @@ def compile(
         target=as_target(target),
         audit=audit,
         derived_weights=derived_weights,
+        regions=regions,
         labels=Labels(tokenizer, getattr(getattr(model, "config", None), "id2label", None)),
         normalisation=normalisation,
         on_stage=on_stage,

@@ -1,6 +1,6 @@
 """What an explanation takes, in operations and memory, without computing it.
 
-Both halves of a program run on fake tensors, which have sizes and no values, at the sizes asked
+Every program runs on fake tensors, which have sizes and no values, at the sizes asked
 for. Operations are counted as PyTorch's own counter does: two for each multiplication and addition
 of a matrix product, a convolution or an attention, none for anything elementwise. A value takes
 memory from the op that makes it to its last use, and a view is one value with what it views; the
@@ -19,8 +19,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from attnlrp_fx.codegen import Program
-from attnlrp_fx.operators import aten, packet
+from attnlrp_fx.operators import aten, packet, placeholders_of
+from attnlrp_fx.schedule import Schedule, Step, Values
 from attnlrp_fx.torch_private import new_fake_mode, storage_of
 
 
@@ -52,55 +52,94 @@ class Cost:
         return self.parameters + self.derived + max(self.forward_peak, self.relevance_peak)
 
 
-def program_cost(program: Program, inputs: Mapping[str, Tensor]) -> Cost:
-    """What a program takes for inputs of these sizes.
+def schedule_cost(schedule: Schedule, inputs: Mapping[str, Tensor]) -> Cost:
+    """What a schedule takes for inputs of these sizes.
 
     Args:
-        program: a traced program.
-        inputs: tensors by the program's input names; only their sizes and dtypes are read.
+        schedule: traced programs.
+        inputs: tensors by the model's input names; only their sizes and dtypes are read.
     """
     mode = new_fake_mode()
     with mode, torch.no_grad():
-        values = {
-            name: torch.empty(value.shape, dtype=value.dtype, device=program.device)
+        given = {
+            name: torch.empty(value.shape, dtype=value.dtype, device=schedule.device)
             for name, value in inputs.items()
         }
-        parts = [part for part in (program.derived, program.forward, program.relevance) if part]
-        values |= {
-            str(node.meta["name"]): _like(node.meta["val"], program.device)
-            for part in parts
-            for node in part.graph.find_nodes(op="placeholder")
-            if node.meta["name"] in program.attributes
-        }
-        parameters = [values[name] for name in program.attributes if name in values]
-        derived = [] if program.derived is None else _run(program.derived, values).results
-        values |= dict(zip(program.derived_values, derived, strict=True))
-        forward = _run(program.forward, values)
-        outputs, kept = forward.results[: program.outputs], forward.results[program.outputs :]
-        seeds = {f"seed_{i}": torch.empty_like(outputs[i]) for i in program.seeded}
-        saved = (n for n in _names(program.relevance) if n.startswith("saved:"))
-        relevance = _run(
-            program.relevance, {**values, **seeds, **dict(zip(saved, kept, strict=True))}
-        )
-    given, left = _sizes(values.values()), _sizes([*forward.results, *seeds.values()])
+        parameters = _parameters(schedule)
+        values = schedule.start(parameters, given)
+        derived = _fill_derived(schedule, parameters, values)
+        own = _sizes([*given.values(), *parameters.values(), *derived])
+        forward = _Meter(own)
+        flat = schedule.run_forward(values, forward)
+        kept = _sizes(value for value in values if isinstance(value, Tensor))
+        seeds = [torch.empty_like(flat[i]) for i in schedule.seeded]
+        relevance = _Meter(own, held=_sizes(flat))
+        schedule.run_relevance(values, seeds, relevance)
     return Cost(
         forward_flops=forward.flops,
         relevance_flops=relevance.flops,
-        parameters=sum(_sizes(parameters).values()),
+        parameters=sum(_sizes(parameters.values()).values()),
         derived=sum(_sizes(derived).values()),
-        saved=_beside(_sizes(kept), given | _sizes(outputs)),
+        saved=_beside(kept, own | _sizes(flat)),
         forward_peak=forward.peak,
-        relevance_peak=relevance.peak + _beside(left, given),
+        relevance_peak=relevance.peak,
     )
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What one half of a program takes, beside its inputs."""
+def _parameters(schedule: Schedule) -> dict[str, Tensor]:
+    """A tensor of the size of each of the model's."""
+    slots = {slot: name for name, slot in schedule.attributes.items()}
+    found: dict[str, Tensor] = {}
+    for step in (*schedule.forward, *schedule.relevance):
+        for slot, node in zip(step.arguments, placeholders_of(step.graph_module), strict=True):
+            if slot in slots and slots[slot] not in found:
+                found[slots[slot]] = _like(node.meta["val"], schedule.device)
+    for keeping in schedule.derived:
+        assert keeping.program.derived is not None
+        for node in placeholders_of(keeping.program.derived):
+            name = keeping.names[node.meta["name"]]
+            found.setdefault(name, _like(node.meta["val"], schedule.device))
+    return found
 
-    flops: int
-    peak: int
-    results: list[Any]
+
+def _fill_derived(
+    schedule: Schedule, parameters: Mapping[str, Tensor], values: Values
+) -> list[Tensor]:
+    """Put the values made of parameters alone into their slots."""
+    made: list[Tensor] = []
+    for keeping in schedule.derived:
+        assert keeping.program.derived is not None
+        names = [node.meta["name"] for node in placeholders_of(keeping.program.derived)]
+        found = keeping.program.derived(*[parameters[keeping.names[name]] for name in names])
+        made += found
+        for slot, value in zip(keeping.slots.values(), found, strict=True):
+            values[slot] = value
+    return made
+
+
+class _Meter:
+    """Runs steps, adding up operations, and the most that values take at a time.
+
+    Args:
+        given: the storages of what the program is given, which do not count.
+        held: those of what is held beside the slots.
+    """
+
+    def __init__(self, given: Mapping[int, int], held: Mapping[int, int] | None = None) -> None:
+        self.given, self.held = given, held or {}
+        self.flops = self.peak = 0
+
+    def __call__(self, step: Step, arguments: Sequence[Any], values: Values) -> list[Any]:
+        recorder = _Recorder(step.graph_module)
+        targets = (node.target for node in step.graph_module.graph.nodes)
+        formulas = {t.overloadpacket: FORMULAS[packet(t)] for t in targets if packet(t) in FORMULAS}
+        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+            results = list(recorder.run(*arguments))
+        self.flops += counter.get_total_flops()
+        live = {**_sizes(values), **self.held}
+        own = _peak(recorder.values, {**self.given, **live})
+        self.peak = max(self.peak, own + _beside(live, self.given))
+        return results
 
 
 class _Recorder(fx.Interpreter):
@@ -115,20 +154,9 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-def _run(graph_module: fx.GraphModule, values: Mapping[str, Any]) -> _Run:
-    recorder = _Recorder(graph_module)
-    inputs = [values[name] for name in _names(graph_module)]
-    targets = (node.target for node in graph_module.graph.nodes)
-    formulas = {t.overloadpacket: FORMULAS[packet(t)] for t in targets if packet(t) in FORMULAS}
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        results = recorder.run(*inputs)
-    return _Run(counter.get_total_flops(), _peak(recorder.values, inputs), list(results))
-
-
-def _peak(values: Mapping[fx.Node, Any], inputs: Sequence[Any]) -> int:
-    """The most that the values of a graph's nodes, in order, take at a time beside the inputs."""
+def _peak(values: Mapping[fx.Node, Any], given: Mapping[int, int]) -> int:
+    """The most that the values of a graph's nodes, in order, take at a time beside others."""
     order = {node: i for i, node in enumerate(values)}
-    given = _sizes(inputs).keys()
     size: dict[int, int] = {}
     first: dict[int, int] = {}
     last: dict[int, int] = {}
@@ -139,7 +167,7 @@ def _peak(values: Mapping[fx.Node, Any], inputs: Sequence[Any]) -> int:
             first.setdefault(storage, order[node])
             last[storage] = max(until, last.get(storage, 0))
     change = [0] * (len(order) + 1)
-    for storage in size.keys() - given:
+    for storage in size.keys() - given.keys():
         change[first[storage]] += size[storage]
         change[last[storage] + 1] -= size[storage]
     live = peak = 0
@@ -163,10 +191,6 @@ def _beside(sizes: Mapping[int, int], others: Mapping[int, int]) -> int:
 def _like(value: Tensor, device: torch.device) -> Tensor:
     sizes, strides = [[int(n) for n in numbers] for numbers in (value.shape, value.stride())]
     return torch.empty_strided(sizes, strides, dtype=value.dtype, device=device)
-
-
-def _names(graph_module: fx.GraphModule) -> list[str]:
-    return [str(node.meta["name"]) for node in graph_module.graph.find_nodes(op="placeholder")]
 
 
 def _grouped_flops(x: Any, weight: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:

@@ -12,20 +12,25 @@ from torch.utils import _pytree as pytree
 from attnlrp_fx import ops
 from attnlrp_fx.attributes import Attributes, Derived
 from attnlrp_fx.backends import Backend, Runnable, compile_graph
+from attnlrp_fx.batching import Targets
 from attnlrp_fx.capture import Captured, flat_inputs
 from attnlrp_fx.checks import InputChecks, find_non_finite
-from attnlrp_fx.codegen import Program, emit
+from attnlrp_fx.codegen import EmitOptions, Port, emit
 from attnlrp_fx.composites import Composite, composite_named
-from attnlrp_fx.cost import Cost, program_cost
+from attnlrp_fx.cost import Cost, schedule_cost
 from attnlrp_fx.errors import InputError, TargetError
 from attnlrp_fx.explanation import Explanation
 from attnlrp_fx.heatmap import Normalisation
 from attnlrp_fx.labels import Labels
 from attnlrp_fx.ledger import Ledger, read_ledger
+from attnlrp_fx.mapping import Mapped, map_dataset
 from attnlrp_fx.masking import Masked
-from attnlrp_fx.operators import outputs_of
+from attnlrp_fx.operators import outputs_of, placeholders_of
+from attnlrp_fx.regions import Region, regions_of, whole
 from attnlrp_fx.report import Compilation, Report
 from attnlrp_fx.rewriting import Rewriting, rewrite
+from attnlrp_fx.schedule import Keeping, Read, Schedule, Step, Values, schedule
+from attnlrp_fx.tape import Channel
 from attnlrp_fx.targets import Chosen, Outputs, Target, TargetLike, as_target
 
 Stage = Callable[[str], None]
@@ -42,6 +47,8 @@ class ExplainerOptions:
     """Whether programs return the ledger."""
     derived_weights: str = "recompute"
     """What becomes of values made of parameters alone: "recompute" or "keep"."""
+    regions: bool = True
+    """Whether repeated blocks are compiled once; otherwise everything is one program."""
     labels: Labels = field(default_factory=Labels)
     normalisation: Normalisation | None = None
     """What explanations undo to show an image."""
@@ -51,14 +58,25 @@ class ExplainerOptions:
 
 @dataclass(frozen=True)
 class _Compiled:
-    """A program and its two runnable halves."""
+    """A schedule whose programs can be run."""
 
-    program: Program
-    forward: Runnable
-    relevance: Runnable
-    forward_inputs: tuple[str, ...]
-    relevance_inputs: tuple[str, ...]
-    derived: Derived | None
+    schedule: Schedule
+    runnables: Mapping[fx.GraphModule, Runnable]
+    derived: tuple[tuple[Derived, Mapping[str, int]], ...]
+    """What regions keep of values made of parameters alone, and the slots where they go."""
+
+    def start(self, attributes: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Values:
+        """Slots that hold all that is given."""
+        values = self.schedule.start(attributes, inputs)
+        for derived, slots in self.derived:
+            for name, value in derived.values(attributes).items():
+                values[slots[name]] = value
+        return values
+
+    def run(self, step: Step, arguments: Sequence[Any], values: Values) -> Sequence[Any]:
+        """One step."""
+        results: Sequence[Any] = self.runnables[step.graph_module](*arguments)
+        return results
 
 
 class ExplainableGraphModule(nn.Module):
@@ -104,6 +122,7 @@ class ExplainableGraphModule(nn.Module):
         self._checks = InputChecks(rewritten, captured.constants)
         self._captured_device = self._attributes.device()
         self._programs: dict[tuple[tuple[int, ...], torch.device], _Compiled] = {}
+        self._flat: dict[torch.device, fx.GraphModule] = {}
         self._seeded: dict[Any, tuple[int, ...]] = {}
         self.eval()
 
@@ -119,8 +138,18 @@ class ExplainableGraphModule(nn.Module):
 
     @property
     def program(self) -> fx.GraphModule:
-        """What runs: (parameters, inputs, seeds) → (outputs, relevance), flat, in ATen."""
-        return self._compiled(self._default_seeds(), self._attributes.device()).program.graph_module
+        """What runs, as one graph: (parameters, inputs, seeds) → (outputs, relevance), in ATen.
+
+        Where blocks repeat, what runs is a program for each distinct one, see `report()`; this is
+        all of them, traced together when first asked for.
+        """
+        device = self._attributes.device()
+        if device not in self._flat:
+            outputs = outputs_of(self.rewritten.graph)
+            seeds = [_seed_port(i, outputs[i]) for i in self._default_seeds()]
+            values, options = self._attributes.values(), self._emit_options(device)
+            self._flat[device] = emit(self.rewritten, seeds, values, options).graph_module
+        return self._flat[device]
 
     @property
     def compilations(self) -> int:
@@ -172,6 +201,67 @@ class ExplainableGraphModule(nn.Module):
         if check_finite:
             find_non_finite(self.rewritten, self._attributes.values(device), given, seeds)
         return explanation
+
+    def map(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int | None = None,
+        max_tokens: int | None = None,
+        target: TargetLike = None,
+        targets: Targets | None = None,
+        window: int = 16,
+        workers: int = 0,
+        pad: bool = True,
+        outputs: bool = False,
+        progress: bool = True,
+    ) -> Mapped:
+        """Explain every sample of a data set, in batches of nearly equal lengths.
+
+        What each option means, and every error, is with `attnlrp_fx.mapping.map_dataset`.
+
+        Args:
+            dataset: texts, mappings of inputs by name (one row each) or tensors, in anything that
+                can be iterated, or a `torch.utils.data.Dataset`.
+            batch_size: the most rows of a batch; None: 32, or what the model was fixed to.
+            max_tokens: the most tokens of a batch, padding counted.
+            target: as in a call; an index or a position may be one per sample.
+            targets: instead, a target for each sample: a sequence, or a function of the sample.
+            window: how many full batches are loaded, and sorted by length, together.
+            workers: processes that load ahead.
+            pad: whether unlike lengths may share a batch.
+            outputs: whether explanations keep the model's outputs.
+            progress: whether a progress bar is shown, on a terminal's standard error.
+
+        Returns:
+            An iterator with one explanation a sample, in the order of the data set, each as of the
+            sample alone; its `throughput` says how fast it went.
+
+        Raises:
+            InputError: an option does not fit, or, while iterating, a sample.
+            TargetError: while iterating, a sample's outputs do not have the target.
+
+        Example:
+            >>> import torch, attnlrp_fx
+            >>> mlp = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()).eval()
+            >>> explainer = attnlrp_fx.compile(mlp, torch.ones(2, 3), backend="eager")
+            >>> mapped = explainer.map(list(torch.randn(100, 3)), batch_size=64)
+            >>> sum(len(explanation) for explanation in mapped), mapped.throughput.batches
+            (100, 2)
+        """
+        return map_dataset(
+            self,
+            dataset,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            target=target,
+            targets=targets,
+            window=window,
+            workers=workers,
+            pad=pad,
+            outputs=outputs,
+            progress=progress,
+        )
 
     def target_values(
         self,
@@ -250,8 +340,8 @@ class ExplainableGraphModule(nn.Module):
         PyTorch does not count: through `.data`, or from outside of PyTorch.
         """
         for compiled in self._programs.values():
-            if compiled.derived is not None:
-                compiled.derived.forget()
+            for derived, _ in compiled.derived:
+                derived.forget()
 
     def cost(self, *args: Any, device: torch.device | str | None = None, **inputs: Any) -> Cost:
         """What explaining a batch takes, in operations and memory; nothing is computed.
@@ -276,10 +366,9 @@ class ExplainableGraphModule(nn.Module):
         given = dict(zip(self._checks.examples, values, strict=True))
         seeded, own = self._default_seeds(), self._attributes.device()
         wanted = own if device is None else torch.device(device)
-        program = (
-            self._compiled(seeded, own).program if wanted == own else self._emit(seeded, wanted)
-        )
-        return program_cost(program, given)
+        same = wanted == own
+        found = self._compiled(seeded, own).schedule if same else self._schedule(seeded, wanted)
+        return schedule_cost(found, given)
 
     def _explain(
         self, target: Target, given: dict[str, Tensor], device: torch.device
@@ -287,28 +376,18 @@ class ExplainableGraphModule(nn.Module):
         """The explanation, and the seeds by flat output."""
         seeded = self._seeded.get(_kind(target)) or self._default_seeds()
         compiled = self._compiled(seeded, device)
-        values: dict[str, Tensor] = {**self._attributes.values(device), **given}
-        self._attributes.check_dtypes(values)
-        if compiled.derived is not None:
-            values |= compiled.derived.values(values)
-        produced = compiled.forward(*[values[name] for name in compiled.forward_inputs])
-        flat = produced[: compiled.program.outputs]
+        attributes = self._attributes.values(device)
+        self._attributes.check_dtypes(attributes)
+        values = compiled.start(attributes, given)
+        flat = compiled.schedule.run_forward(values, compiled.run)
         chosen, seeds = self._seed(target, flat, given)
         if not seeds.keys() <= set(seeded):
             self._seeded[_kind(target)] = tuple(sorted(seeds))
             return self._explain(target, given, device)
-        saved = (name for name in compiled.relevance_inputs if name.startswith("saved:"))
-        values.update(zip(saved, produced[compiled.program.outputs :], strict=True))
-        for i in seeded:
-            values[f"seed_{i}"] = seeds[i] if i in seeds else torch.zeros_like(flat[i])
-        read = compiled.relevance(*[values[name] for name in compiled.relevance_inputs])
-        explained = compiled.program.explained
-        relevance = dict(zip(explained, read, strict=False))
-        ledger = (
-            self._ledger(compiled.program, chosen, flat, seeds, relevance, read[len(explained) :])
-            if self._options.audit
-            else None
-        )
+        every = [seeds[i] if i in seeds else torch.zeros_like(flat[i]) for i in seeded]
+        read = compiled.schedule.run_relevance(values, every, compiled.run)
+        relevance = read.relevance
+        ledger = self._ledger(read, chosen, flat, seeds) if self._options.audit else None
         labels = self._options.labels
         classes, is_token = self._classes(flat, seeded)
         explanation = Explanation(
@@ -397,42 +476,43 @@ class ExplainableGraphModule(nn.Module):
         stage = self._options.on_stage or (lambda text: None)
         stage("tracing the program")
         start = time.perf_counter()
-        program = self._emit(seeded, device)
+        made = self._schedule(seeded, device)
         backend = "eager" if device.type == "meta" else self._options.backend
         traced = time.perf_counter()
         stage("compiling the program")
-        compiled = _Compiled(
-            program,
-            compile_graph(program.forward, backend),
-            compile_graph(program.relevance, backend),
-            _input_names(program.forward),
-            _input_names(program.relevance),
-            self._derived(program, backend),
+        halves = [step.graph_module for step in (*made.forward, *made.relevance)]
+        halves += [kept.program.derived for kept in made.derived if kept.program.derived]
+        runnables = {half: compile_graph(half, backend) for half in dict.fromkeys(halves)}
+        derived = tuple(
+            (Derived(*_inputs_and_values(kept), runnables[kept.program.derived]), kept.slots)
+            for kept in made.derived
+            if kept.program.derived
         )
+        sizes = [kept.program.derived_values.values() for kept in made.derived]
         self._report.compilations.append(
             Compilation(
                 device=str(device),
                 seeded=tuple(self._convention.output_names[i] for i in seeded),
-                nodes=len(program.graph_module.graph.nodes),
+                nodes=sum(len(program.graph_module.graph.nodes) for program in made.distinct),
+                regions=len(made.programs),
+                distinct=len(made.distinct),
                 emit_seconds=traced - start,
                 backend_seconds=time.perf_counter() - traced,
-                derived_bytes=sum(int(v.nbytes) for v in program.derived_values.values()),
+                derived_bytes=sum(int(v.nbytes) for values in sizes for v in values),
             )
         )
-        return compiled
+        return _Compiled(made, runnables, derived)
 
-    def _derived(self, program: Program, backend: str | Backend) -> Derived | None:
-        if program.derived is None:
-            return None
-        run = compile_graph(program.derived, backend)
-        return Derived(_input_names(program.derived), list(program.derived_values), run)
+    def _schedule(self, seeded: tuple[int, ...], device: torch.device) -> Schedule:
+        """Trace the programs for some seeds on a device."""
+        attributes = self._attributes.values()
+        cut = regions_of if self._options.regions else _one_region
+        regions = cut(self.rewritten, attributes)
+        options = self._emit_options(device)
+        return schedule(self.rewritten, regions, seeded, attributes, options)
 
-    def _emit(self, seeded: tuple[int, ...], device: torch.device) -> Program:
-        """Trace the program for some seeds on a device."""
-        return emit(
-            self.rewritten,
-            seeded,
-            attributes=self._attributes.values(),
+    def _emit_options(self, device: torch.device) -> EmitOptions:
+        return EmitOptions(
             device=device,
             captured_device=self._captured_device,
             audit=self._options.audit,
@@ -446,22 +526,18 @@ class ExplainableGraphModule(nn.Module):
         return output.shape[-1], output.dim() == 3 or output.shape[-1] > 1000
 
     def _ledger(
-        self,
-        program: Program,
-        chosen: Chosen,
-        flat: Sequence[Tensor],
-        seeds: Mapping[int, Tensor],
-        relevance: Mapping[str, Tensor],
-        sums: Sequence[Tensor],
+        self, read: Read, chosen: Chosen, flat: Sequence[Tensor], seeds: Mapping[int, Tensor]
     ) -> Ledger:
-        nodes = {node.name: node for node in self.rewritten.graph.nodes}
+        # As the reverse pass meets them: from the target to the inputs.
+        nodes = [node for node in reversed(self.rewritten.graph.nodes) if node.name in read.sums]
+        sums = [read.sums[node.name] for node in nodes]
         seeded = sum(float((flat[i].double() * seed.double()).sum()) for i, seed in seeds.items())
         return read_ledger(
-            [nodes[name] for name in program.audited],
-            sums[0] if sums else torch.zeros(0, 3),
+            nodes,
+            torch.stack(sums) if sums else torch.zeros(0, 3),
             target=float(chosen.value.double().sum()),
             seeded=seeded,
-            inputs={name: float(r.double().sum()) for name, r in relevance.items()},
+            inputs={name: float(r.double().sum()) for name, r in read.relevance.items()},
         )
 
 
@@ -479,5 +555,16 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
 
 
-def _input_names(graph_module: fx.GraphModule) -> tuple[str, ...]:
-    return tuple(n.meta["name"] for n in graph_module.graph.find_nodes(op="placeholder"))
+def _seed_port(output: int, node: fx.Node) -> Port:
+    return Port(output, Channel.COEFFICIENT, node.meta["val"].dtype)
+
+
+def _one_region(graph_module: fx.GraphModule, attributes: Mapping[str, Tensor]) -> list[Region]:
+    return [whole(graph_module, attributes)]
+
+
+def _inputs_and_values(kept: Keeping) -> tuple[list[str], list[str]]:
+    """The parameters that derived values are made of, by the model's names, and the values."""
+    assert kept.program.derived is not None
+    inputs = placeholders_of(kept.program.derived)
+    return [kept.names[node.meta["name"]] for node in inputs], list(kept.program.derived_values)

@@ -16,13 +16,14 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from attnlrp_fx import heatmap
 from attnlrp_fx.errors import InputError, MissingExtraError
@@ -127,6 +128,62 @@ class Explanation:
             and len(given) == len(self)
             and not given.is_meta
         )
+
+    def row(self, index: int, lengths: Mapping[str, int] | None = None) -> Explanation:
+        """One row as an explanation of its own, without the padding on its right.
+
+        Args:
+            index: which row; negative counts from the last.
+            lengths: by input, how many positions (of its second dimension) are the row's own; None:
+                of tokens, and of what stands beside them, those up to the last that the mask does
+                not exclude.
+
+        Returns:
+            A copy. Of the outputs it has the row of each tensor that has one for each, padding
+            kept. What belongs to no single row, as the ledger, it has if the batch is but one row.
+
+        Raises:
+            InputError: there is no such row.
+        """
+        batch = len(self)
+        if not -batch <= index < batch:
+            raise InputError(f"there is no row {index}", why=f"the batch has {batch}")
+        index %= batch
+        own = self._lengths(index) if lengths is None else lengths
+
+        def cut(value: Tensor, length: int | None = None) -> Tensor:
+            if not (value.dim() and value.shape[0] == batch):
+                return value
+            one = value[index : index + 1]
+            return (one if length is None else one[:, :length]).clone()
+
+        def cut_all(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            rows = {n: v for n, v in values.items() if batch == 1 or self._has_rows(v)}
+            return {name: cut(value, own.get(name)) for name, value in rows.items()}
+
+        return replace(
+            self,
+            relevance=cut_all(self.relevance),
+            outputs=pytree.tree_map_only(Tensor, cut, self.outputs),
+            target_value=cut(self.target_value),
+            inputs=cut_all(self.inputs),
+            tokens=self.tokens and {n: [t[index][: own.get(n)]] for n, t in self.tokens.items()},
+            mask=self.mask and cut_all(self.mask),
+            ledger=self.ledger if batch == 1 else None,
+            labels=self.labels and [self.labels[index]],
+            target_index=None if self.target_index is None else cut(self.target_index),
+        )
+
+    def _lengths(self, index: int) -> dict[str, int]:
+        """By input of tokens and what stands beside them, where padding begins in a row."""
+        found: dict[str, int] = {}
+        for name, mask in (self.mask or {}).items():
+            real = mask[index].nonzero()
+            end = int(real.max()) + 1 if len(real) else mask.shape[1]
+            decoding = name.startswith("decoder_")
+            beside = (n for n, v in self.inputs.items() if v.shape[:2] == mask.shape)
+            found |= {n: end for n in (name, *beside) if n.startswith("decoder_") is decoding}
+        return found
 
     # As data
 

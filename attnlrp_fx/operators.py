@@ -334,6 +334,11 @@ def outputs_of(graph: fx.Graph) -> list[Any]:
     return list(values)
 
 
+def placeholders_of(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that stand for a graph's inputs, in order."""
+    return list(graph_module.graph.find_nodes(op="placeholder"))
+
+
 def is_broadcast(factor: fx.Node, product: fx.Node) -> bool:
     """Whether a factor has one number where the product has many."""
     sizes, wanted = factor.meta["val"].shape, product.meta["val"].shape

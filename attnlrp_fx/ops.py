@@ -7,7 +7,7 @@ A rewritten graph is the model's graph in which every explained node says which 
 
 Each relevance op *is* the op that it wraps, so a rewritten graph runs and returns the model's
 outputs; what differs is how `attnlrp_fx.pullbacks` takes a coefficient through it. Keyword-only
-arguments are the rule's parameters. `source` and `statistic` are markers left by passes.
+arguments are the rule's parameters. `source`, `boundary` and `statistic` are markers.
 """
 
 import operator
@@ -28,6 +28,11 @@ def source(
     looked up: relevance summed over the features belongs to them. `keep` are the dimensions of the
     value that the indices have, in order; None: the leading ones.
     """
+    return value
+
+
+def boundary(value: Tensor) -> Tensor:
+    """Mark an explained value that one region of a graph takes over from another."""
     return value
 
 
@@ -192,4 +197,4 @@ def is_explained(node: fx.Node) -> bool:
         owner = node.args[0]
         assert isinstance(owner, fx.Node)
         return is_explained(owner) and (value.is_floating_point() or value.is_complex())
-    return node.target is source or node.target in RELEVANCE_OPS
+    return node.target in (source, boundary) or node.target in RELEVANCE_OPS

@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from attnlrp_fx.operators import is_cheap, is_free, outputs_of
 from attnlrp_fx.torch_private import fresh, typical_size
 
-SEED = "seed_"
+SEED = "seed:"
+"""How the names of seeds begin, which are numbered."""
 
 TYPICAL = 64
 """What a symbolic size counts for when bytes are compared."""
@@ -32,8 +33,8 @@ def split(
     """Cut a program where the seeds enter.
 
     Args:
-        program: placeholders named `seed_*` are the seeds; the first `outputs` results do not
-            depend on them.
+        program: placeholders whose `meta["part"]` is "seed" are the seeds; the first `outputs`
+            results do not depend on them.
         outputs: how many results belong to the forward side.
         recompute: whether elementwise ops may be computed on both sides; views always may.
 
@@ -59,7 +60,7 @@ def hoist(program: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule | Non
     """Take out of a program what depends on its attributes alone: |W| and W⁺, merged weights.
 
     Args:
-        program: placeholders other than seeds and inputs have `meta["attribute"]`.
+        program: placeholders of attributes have "attribute" as `meta["part"]`.
 
     Returns:
         rest: the program with these values as further inputs, named "derived:…";
@@ -69,7 +70,9 @@ def hoist(program: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule | Non
     for node in program.graph.nodes:
         inputs = node.all_input_nodes
         is_call = node.op == "call_function" and bool(inputs)
-        if node.meta.get("attribute") or (is_call and all(leaf in constant for leaf in inputs)):
+        if node.meta.get("part") == "attribute" or (
+            is_call and all(leaf in constant for leaf in inputs)
+        ):
             constant.add(node)
     derived = [n for n in program.graph.nodes if n in constant and _is_derived(n, constant)]
     if not derived:
@@ -120,8 +123,7 @@ def _closure(nodes: Iterable[fx.Node], until: Sequence[fx.Node] = ()) -> set[fx.
 def _depends_on_seeds(graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        is_seed = node.op == "placeholder" and str(node.target).startswith(SEED)
-        if is_seed or any(leaf in found for leaf in node.all_input_nodes):
+        if node.meta.get("part") == "seed" or any(leaf in found for leaf in node.all_input_nodes):
             found.add(node)
     return found
 

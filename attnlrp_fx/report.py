@@ -16,6 +16,11 @@ class Compilation:
     seeded: tuple[str, ...]
     """The outputs that a target may seed."""
     nodes: int
+    """Nodes that were traced and compiled; those of regions that are alike count once."""
+    regions: int
+    """How many pieces the graph was cut into, at its repeated blocks."""
+    distinct: int
+    """How many of them are unlike each other: so many programs there are."""
     emit_seconds: float
     backend_seconds: float
     derived_bytes: int = 0
@@ -80,7 +85,8 @@ class Report:
         for done in self.compilations:
             yield (
                 f"program for {', '.join(done.seeded)} on {done.device}: {done.nodes} nodes, "
-                f"traced in {done.emit_seconds:.1f} s, compiled in {done.backend_seconds:.1f} s"
+                f"{done.distinct} distinct of {done.regions} regions, traced in "
+                f"{done.emit_seconds:.1f} s, compiled in {done.backend_seconds:.1f} s"
             )
             if done.derived_bytes:
                 kept = done.derived_bytes / 2**20

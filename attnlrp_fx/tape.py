@@ -14,6 +14,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -29,6 +30,17 @@ from attnlrp_fx.tokens import FILLS, MOVES, carry
 
 Watch = Callable[[fx.Node, str, Any], None]
 Annotate = Callable[[fx.Node, str], AbstractContextManager[Any]]
+
+
+class Channel(Enum):
+    """What a value receives in reverse."""
+
+    COEFFICIENT = auto()
+    """c of R = x·c + r."""
+    RELEVANCE = auto()
+    """r of R = x·c + r, relevance without a factor."""
+    MOVED = auto()
+    """Relevance of indices, on its way to the model input that they were read from."""
 
 
 def _no_annotation(node: fx.Node, phase: str) -> AbstractContextManager[None]:
@@ -47,6 +59,25 @@ class Reading:
     """Per explained placeholder: relevance in the input's shape, float32 or better."""
     sums: dict[str, Tensor] = field(default_factory=dict)
     """Per node name: what came in, went out and was absorbed; only when audited."""
+    coefficients: dict[str, Tensor] = field(default_factory=dict)
+    """Per placeholder at a boundary: the coefficient that it received."""
+    factorless: dict[str, Tensor] = field(default_factory=dict)
+    """Per placeholder at a boundary: the relevance without a factor that it received."""
+
+    def hand_out(self, boundary: fx.Node, c: Tensor | None, r: Tensor | None) -> None:
+        """Read off what a boundary received."""
+        (placeholder,) = boundary.all_input_nodes
+        for found, value in ((self.coefficients, c), (self.factorless, r)):
+            if value is not None:
+                found[str(placeholder.target)] = value
+
+    def by_channel(self) -> dict[Channel, dict[str, Tensor]]:
+        """All that placeholders have received."""
+        return {
+            Channel.COEFFICIENT: self.coefficients,
+            Channel.RELEVANCE: self.factorless,
+            Channel.MOVED: self.relevance,
+        }
 
 
 class Runner(fx.Interpreter):
@@ -164,27 +195,29 @@ class Tape(Runner):
             parameters=parameters,
         )
 
-    def reverse(self, seeds: Mapping[fx.Node, Tensor], audit: bool = False) -> Reading:
+    def reverse(self, seeds: "Mapping[fx.Node, Tensor] | Received", audit: bool = False) -> Reading:
         """Take seeds back to the sources.
 
         Args:
-            seeds: coefficient of each seeded node, in the node's shape.
+            seeds: coefficient of each seeded node, in the node's shape; or all that nodes have
+                received already.
             audit: whether to add up what each node receives, passes on and absorbs.
 
         Returns:
-            The relevance of every explained input and, if audited, every node's sums.
+            The relevance of every explained input, what every boundary received and, if audited,
+            every node's sums.
         """
-        received = Received()
-        relevance: dict[fx.Node, Tensor] = {}
+        received = seeds if isinstance(seeds, Received) else Received(dict(seeds))
+        relevance = received.moved
         reading = Reading(relevance={})
-        for node, seed in seeds.items():
-            _add(received.coefficients, node, seed)
         for node in reversed(list(self._nodes())):
             with self.annotate(node, "relevance"):
                 if node in relevance:
                     self._carry(node, relevance, reading, audit)
                 elif node not in received:
                     continue
+                elif node.target is ops.boundary:
+                    reading.hand_out(node, *received.pop(node))
                 elif node.target is ops.source:
                     origin = node.kwargs.get("ids", node.args[0])
                     _add(relevance, origin, self._relevance_of_source(node, *received.pop(node)))
@@ -273,13 +306,26 @@ class Tape(Runner):
 
 @dataclass
 class Received:
-    """What nodes have received so far of coefficients, and of relevance that has no factor.
+    """What nodes have received so far, by channel.
 
     Of an op with several outputs, a dictionary by output.
     """
 
     coefficients: dict[fx.Node, Any] = field(default_factory=dict)
     relevance: dict[fx.Node, Any] = field(default_factory=dict)
+    moved: dict[fx.Node, Tensor] = field(default_factory=dict)
+
+    def add(self, channel: Channel, node: fx.Node, value: Tensor) -> None:
+        """Add to what a node has received."""
+        _add(self.by_channel()[channel], node, value)
+
+    def by_channel(self) -> dict[Channel, dict[fx.Node, Any]]:
+        """All that nodes have received."""
+        return {
+            Channel.COEFFICIENT: self.coefficients,
+            Channel.RELEVANCE: self.relevance,
+            Channel.MOVED: self.moved,
+        }
 
     def __contains__(self, node: fx.Node) -> bool:
         return node in self.coefficients or node in self.relevance

@@ -37,10 +37,12 @@ from transformers import LlamaConfig, MixtralConfig, PretrainedConfig, T5Config,
 import attnlrp_fx
 from attnlrp_fx.attributes import Attributes
 from attnlrp_fx.capture import capture
-from attnlrp_fx.codegen import emit
+from attnlrp_fx.codegen import EmitOptions
 from attnlrp_fx.composites import COMPOSITES
-from attnlrp_fx.cost import FORMULAS, program_cost
+from attnlrp_fx.cost import FORMULAS, schedule_cost
 from attnlrp_fx.passes import PassContext, run_passes
+from attnlrp_fx.regions import regions_of
+from attnlrp_fx.schedule import schedule
 
 RESULTS = Path(__file__).parent / "results" / "full-size.json"
 TARGETS = 64
@@ -156,9 +158,12 @@ class Row:
     model: str
     parameters: int
     captured: int
-    """Nodes of the captured graph, of the rewritten one, and of the program."""
+    """Nodes of the captured graph, of the rewritten one, and of the programs."""
     rewritten: int
     program: int
+    regions: int
+    """How many pieces the graph was cut into, and how many of them are unlike each other."""
+    distinct: int
     capture_seconds: float
     rewrite_seconds: float
     emit_seconds: float
@@ -200,15 +205,16 @@ def measure(name: str, tokens: int, dtype: torch.dtype) -> Row:
     rewritten = captured.graph_module
     run_passes(rewritten, PassContext(None, COMPOSITES["attnlrp"], "error"))
     stage("rewritten")
-    program = emit(
+    attributes = Attributes(model, rewritten).values()
+    programs = schedule(
         rewritten,
+        regions_of(rewritten, attributes),
         (captured.output_names.index("logits"),),
-        attributes=Attributes(model, rewritten).values(),
-        device=CPU,
-        captured_device=META,
+        attributes,
+        EmitOptions(device=CPU, captured_device=META),
     )
     stage("emitted")
-    cost = program_cost(program, {n: v for n, v in inputs.items() if isinstance(v, Tensor)})
+    cost = schedule_cost(programs, {n: v for n, v in inputs.items() if isinstance(v, Tensor)})
     stage("counted")
     seconds = [after - before for before, after in pairwise(clock)]
     return Row(
@@ -216,7 +222,9 @@ def measure(name: str, tokens: int, dtype: torch.dtype) -> Row:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         captured=nodes,
         rewritten=len(rewritten.graph.nodes),
-        program=len(program.graph_module.graph.nodes),
+        program=sum(len(each.graph_module.graph.nodes) for each in programs.distinct),
+        regions=len(programs.programs),
+        distinct=len(programs.distinct),
         capture_seconds=seconds[0],
         rewrite_seconds=seconds[1],
         emit_seconds=seconds[2],
@@ -307,7 +315,8 @@ def table(rows: list[Row]) -> Table:
         "model",
         "parameters",
         "nodes: captured",
-        "program",
+        "programs",
+        "regions",
         "seconds: capture",
         "rewrite",
         "emit",
@@ -327,6 +336,7 @@ def table(rows: list[Row]) -> Table:
             f"{row.parameters / 1e9:.2f} G",
             f"{row.captured}",
             f"{row.program}",
+            f"{row.distinct} of {row.regions}",
             f"{row.capture_seconds:.0f}",
             f"{row.rewrite_seconds:.0f}",
             f"{row.emit_seconds:.0f}",

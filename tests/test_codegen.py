@@ -46,7 +46,7 @@ def test_program_is_plain_aten(explainer: ExplainableGraphModule) -> None:
 def test_parameters_are_inputs_under_the_models_names(explainer: ExplainableGraphModule) -> None:
     names = [n.meta["name"] for n in explainer.program.graph.find_nodes(op="placeholder")]
     assert names == [*dict.fromkeys(names)]
-    assert {"norm.weight", "gate.weight", "gate.bias", "up.weight", "x", "seed_0"} <= set(names)
+    assert {"norm.weight", "gate.weight", "gate.bias", "up.weight", "x", "seed:0"} <= set(names)
     assert not explainer.program.graph.find_nodes(op="get_attr")
 
 
@@ -72,7 +72,7 @@ def test_program_exports_and_runs_again(explainer: ExplainableGraphModule) -> No
     x, seed = torch.randn(2, 5, 4), torch.zeros(2, 3)
     seed[:, 1] = 1
     parameters = dict(explainer.model.named_parameters())
-    values: dict[str, Any] = {**parameters, "x": x, "seed_0": seed}
+    values: dict[str, Any] = {**parameters, "x": x, "seed:0": seed}
     placeholders = explainer.program.graph.find_nodes(op="placeholder")
     arguments = tuple(values[node.meta["name"]] for node in placeholders)
     exported = torch.export.export(explainer.program, arguments, strict=False)

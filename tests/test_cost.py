@@ -49,25 +49,21 @@ def storages(tensors: Any) -> dict[int, int]:
 def measured_peaks(explainer: ExplainableGraphModule, inputs: dict[str, Tensor]) -> tuple[int, int]:
     """What the forward and the relevance side allocate when they run on the CPU."""
     compilation = explainer._compiled(explainer._default_seeds(), torch.device("cpu"))
-    program = compilation.program
-    values = {**explainer._attributes.values(), **inputs}
-    produced: list[Any] = []
+    schedule, attributes = compilation.schedule, explainer._attributes.values()
+    values = compilation.start(attributes, inputs)
+    own = storages([*attributes.values(), *inputs.values()])
+    flat: list[Any] = []
 
     def forward() -> None:
-        produced[:] = compilation.forward(*[values[n] for n in compilation.forward_inputs])
+        flat[:] = schedule.run_forward(values, compilation.run)
 
     def relevance() -> None:
-        produced[:] = compilation.relevance(*[given[n] for n in compilation.relevance_inputs])
+        schedule.run_relevance(values, seeds, compilation.run)
 
     with torch.no_grad():
         forward_peak = allocated_at_most(forward)
-        kept = list(produced)
-        seeds = {f"seed_{i}": torch.ones_like(kept[i]) for i in program.seeded}
-        names = [name for name in compilation.relevance_inputs if name.startswith("saved:")]
-        saved = dict(zip(names, kept[program.outputs :], strict=True))
-        given = {**values, **seeds, **saved}
-        own = storages(values.values())
-        left = storages([*kept, *seeds.values()])
+        seeds = [torch.ones_like(flat[i]) for i in schedule.seeded]
+        left = storages([*values, *flat, *seeds])
         held = sum(count for storage, count in left.items() if storage not in own)
         return forward_peak, held + allocated_at_most(relevance)
 

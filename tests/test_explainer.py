@@ -455,6 +455,7 @@ def test_ids_are_never_the_same_by_chance() -> None:
 
 def test_with_composite() -> None:
     """Other rules without another capture; constants still move from where they were captured."""
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     x = torch.linspace(-1, 1, 6).view(2, 3)
     plain = attnlrp_fx.compile(model, x, backend="eager")

@@ -85,6 +85,70 @@ def test_it_is_frozen_and_prints_briefly():
     )
 
 
+# Rows
+
+
+def test_a_row_alone_has_no_padding_on_its_right():
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
+    inputs = {
+        "input_ids": torch.tensor([[101, 7, 8, 102], [0, 101, 9, 102]]),
+        "attention_mask": mask,
+        "boxes": torch.zeros(2, 4, 5),
+        "features": torch.zeros(2, 7),
+        "decoder_input_ids": torch.ones(2, 4).long(),
+    }
+    whole = explain(
+        mask={"input_ids": mask},
+        inputs=inputs,
+        labels=["yes", "no"],
+        target_index=torch.tensor([1, 0]),
+        outputs={"logits": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "loss": torch.tensor(5.0)},
+        ledger="of the batch",
+    )
+    row = whole.row(-1)
+    assert len(row) == 1
+    assert row.relevance["input_ids"].tolist() == [[0.0, 0.0, -1.0]]
+    assert row.inputs["input_ids"].tolist() == [[0, 101, 9]]
+    assert row.mask["input_ids"].tolist() == [[0, 1, 1]], "what is left out elsewhere stays"
+    assert row.tokens == {"input_ids": [["[PAD]", "[CLS]", "bad"]]}
+    shapes = {name: tuple(value.shape) for name, value in row.inputs.items()}
+    assert shapes["boxes"] == (1, 3, 5)
+    assert shapes["features"] == (1, 7)
+    assert shapes["decoder_input_ids"] == (1, 4), "a sequence of another mask"
+    assert (row.labels, row.target_index.tolist(), row.ledger) == (["no"], [0], None)
+    assert row.target_value.tolist() == [-1.0]
+    assert row.outputs["logits"].tolist() == [[3.0, 4.0]]
+    assert row.outputs["loss"] == 5.0
+    assert row.top(1) == [whole.top(1)[1]]
+    assert row.relevance["input_ids"].untyped_storage().nbytes() == 3 * 4, "a copy"
+
+
+def test_a_row_by_given_lengths():
+    row = explain().row(0, {"input_ids": 2})
+    assert row.relevance["input_ids"].tolist() == [[0.0, 0.5]]
+    assert row.tokens == {"input_ids": [["[CLS]", "very"]]}
+
+
+def test_a_row_has_what_belongs_to_no_row_only_alone():
+    assert "patches" not in with_floats().row(0).relevance
+    alone = Explanation(
+        relevance={"patches": torch.ones(7, 2)},
+        outputs=None,
+        target_value=torch.zeros(1),
+        target="logit",
+        inputs={},
+        ledger="all of it",
+    )
+    assert alone.row(0).relevance["patches"].shape == (7, 2)
+    assert alone.row(0).ledger == "all of it"
+
+
+@pytest.mark.parametrize("index", [2, -3])
+def test_a_row_that_does_not_exist(index):
+    with pytest.raises(InputError, match=f"no row {index}"):
+        explain().row(index)
+
+
 # top
 
 
