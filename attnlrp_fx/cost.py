@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -72,7 +73,7 @@ def schedule_cost(schedule: Schedule, inputs: Mapping[str, Tensor]) -> Cost:
         forward = _Meter(own)
         flat = schedule.run_forward(values, forward)
         kept = _sizes(value for value in values if isinstance(value, Tensor))
-        seeds = [torch.empty_like(flat[i]) for i in schedule.seeded]
+        seeds = [seed_like(flat[i], node) for i, node in schedule.seeded.items()]
         relevance = _Meter(own, held=_sizes(flat))
         schedule.run_relevance(values, seeds, relevance)
     return Cost(
@@ -84,6 +85,17 @@ def schedule_cost(schedule: Schedule, inputs: Mapping[str, Tensor]) -> Cost:
         forward_peak=forward.peak,
         relevance_peak=relevance.peak,
     )
+
+
+def seed_like(output: Tensor, node: fx.Node) -> Tensor:
+    """A tensor of the size of a seed that enters at an output, or at what its head projects."""
+    wanted = node.meta["val"]
+    last = wanted.shape[-1:] if wanted.dim() > 1 else output.shape[-1:]
+    sizes = (
+        *output.shape[:-1],
+        *(int(n) if is_concrete_int(n) else output.shape[-1] for n in last),
+    )
+    return output.new_empty(sizes, dtype=wanted.dtype)
 
 
 def _parameters(schedule: Schedule) -> dict[str, Tensor]:

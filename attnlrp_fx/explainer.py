@@ -20,20 +20,23 @@ from attnlrp_fx.composites import Composite, composite_named
 from attnlrp_fx.cost import Cost, schedule_cost
 from attnlrp_fx.errors import InputError, TargetError
 from attnlrp_fx.explanation import Explanation
+from attnlrp_fx.heads import head_of
 from attnlrp_fx.heatmap import Normalisation
 from attnlrp_fx.labels import Labels
 from attnlrp_fx.ledger import Ledger, read_ledger
 from attnlrp_fx.mapping import Mapped, map_dataset
 from attnlrp_fx.masking import Masked
 from attnlrp_fx.operators import outputs_of, placeholders_of
-from attnlrp_fx.regions import Region, regions_of, whole
+from attnlrp_fx.regions import regions_of
 from attnlrp_fx.report import Compilation, Report
 from attnlrp_fx.rewriting import Rewriting, rewrite
 from attnlrp_fx.schedule import Keeping, Read, Schedule, Step, Values, schedule
 from attnlrp_fx.tape import Channel
-from attnlrp_fx.targets import Chosen, Outputs, Target, TargetLike, as_target
+from attnlrp_fx.targets import Chosen, Outputs, Seed, Target, TargetLike, as_target
 
 Stage = Callable[[str], None]
+Seeds = dict[int, Any]
+"""By flat output a target's gradient: a list of `Seed`, or a tensor of the output's shape."""
 
 
 @dataclass(frozen=True)
@@ -197,9 +200,10 @@ class ExplainableGraphModule(nn.Module):
         values = self._checks.ordered(self._named(args, inputs), device)
         given = dict(zip(self._checks.examples, values, strict=True))
         with torch.inference_mode(False), torch.no_grad():
-            explanation, seeds = self._explain(wanted, given, device)
+            explanation, seeds, flat = self._explain(wanted, given, device)
         if check_finite:
-            find_non_finite(self.rewritten, self._attributes.values(device), given, seeds)
+            dense = {i: _dense(seed, flat[i]) for i, seed in seeds.items()}
+            find_non_finite(self.rewritten, self._attributes.values(device), given, dense)
         return explanation
 
     def map(
@@ -372,8 +376,8 @@ class ExplainableGraphModule(nn.Module):
 
     def _explain(
         self, target: Target, given: dict[str, Tensor], device: torch.device
-    ) -> tuple[Explanation, dict[int, Tensor]]:
-        """The explanation, and the seeds by flat output."""
+    ) -> tuple[Explanation, Seeds, list[Any]]:
+        """The explanation, the seeds by flat output, and the flat outputs."""
         seeded = self._seeded.get(_kind(target)) or self._default_seeds()
         compiled = self._compiled(seeded, device)
         attributes = self._attributes.values(device)
@@ -384,8 +388,8 @@ class ExplainableGraphModule(nn.Module):
         if not seeds.keys() <= set(seeded):
             self._seeded[_kind(target)] = tuple(sorted(seeds))
             return self._explain(target, given, device)
-        every = [seeds[i] if i in seeds else torch.zeros_like(flat[i]) for i in seeded]
-        read = compiled.schedule.run_relevance(values, every, compiled.run)
+        entering = self._entering(compiled.schedule, seeds, flat, attributes)
+        read = compiled.schedule.run_relevance(values, entering, compiled.run)
         relevance = read.relevance
         ledger = self._ledger(read, chosen, flat, seeds) if self._options.audit else None
         labels = self._options.labels
@@ -403,7 +407,7 @@ class ExplainableGraphModule(nn.Module):
             target_index=chosen.index,
             normalisation=self._options.normalisation,
         )
-        return explanation, seeds
+        return explanation, seeds, flat
 
     def _named(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs by placeholder name: keywords, one mapping, or positional tensors."""
@@ -418,12 +422,32 @@ class ExplainableGraphModule(nn.Module):
 
     def _seed(
         self, target: Target, flat: Sequence[Any], given: Mapping[str, Tensor]
-    ) -> tuple[Chosen, dict[int, Tensor]]:
+    ) -> tuple[Chosen, Seeds]:
         """The target, and its gradient with respect to each output that it reads.
 
         Raises:
             TargetError: it reads none, or one that nothing explained leads to.
         """
+        chosen = target.choose(self._outputs(flat, given))
+        names = self._convention.output_names
+        seeds: Seeds = {}
+        for seed in chosen.seeds:
+            seeds.setdefault(names.index(seed.output), []).append(seed)
+        if not seeds:
+            chosen, seeds = self._differentiated(target, flat, given)
+        outputs = outputs_of(self.rewritten.graph)
+        for i in seeds:
+            if not ops.is_explained(outputs[i]):
+                raise TargetError(
+                    f"output '{names[i]}' does not depend on what is explained",
+                    remedy="choose another output, or explain other inputs",
+                )
+        return chosen, seeds
+
+    def _differentiated(
+        self, target: Target, flat: Sequence[Any], given: Mapping[str, Tensor]
+    ) -> tuple[Chosen, Seeds]:
+        """A target that does not know its own gradient, and its gradient."""
         with torch.enable_grad():
             watched = list(flat)
             floating = [i for i, v in enumerate(flat) if _is_floating(v)]
@@ -438,16 +462,24 @@ class ExplainableGraphModule(nn.Module):
                 )
             leaves = [watched[i] for i in floating]
             found = torch.autograd.grad(chosen.value.sum(), leaves, allow_unused=True)
-        seeds = {i: seed for i, seed in zip(floating, found, strict=True) if seed is not None}
-        outputs = outputs_of(self.rewritten.graph)
-        for i in seeds:
-            if not ops.is_explained(outputs[i]):
-                raise TargetError(
-                    f"output '{self._convention.output_names[i]}' does not depend on what is "
-                    "explained",
-                    remedy="choose another output, or explain other inputs",
-                )
-        return chosen, seeds
+        return chosen, {i: s for i, s in zip(floating, found, strict=True) if s is not None}
+
+    def _entering(
+        self,
+        made: Schedule,
+        seeds: Seeds,
+        flat: Sequence[Any],
+        attributes: Mapping[str, Tensor],
+    ) -> list[Tensor]:
+        """The seed of each explained output where it enters: there, or behind its head."""
+        outputs, found = outputs_of(self.rewritten.graph), []
+        for i, node in made.seeded.items():
+            head = head_of(outputs[i]) if node is not outputs[i] else None
+            if head is None:
+                found.append(_dense(seeds.get(i, ()), flat[i]))
+            else:
+                found.append(head.pull(seeds.get(i, ()), attributes[head.weight], flat[i]))
+        return found
 
     def _outputs(self, flat: Sequence[Any], given: Mapping[str, Tensor]) -> Outputs:
         """The flat outputs as a target sees them."""
@@ -506,10 +538,16 @@ class ExplainableGraphModule(nn.Module):
     def _schedule(self, seeded: tuple[int, ...], device: torch.device) -> Schedule:
         """Trace the programs for some seeds on a device."""
         attributes = self._attributes.values()
-        cut = regions_of if self._options.regions else _one_region
-        regions = cut(self.rewritten, attributes)
-        options = self._emit_options(device)
-        return schedule(self.rewritten, regions, seeded, attributes, options)
+        outputs = outputs_of(self.rewritten.graph)
+        entries = {i: self._entry(outputs[i]) for i in seeded}
+        cut, inside = self._options.regions, list(entries.values())
+        regions = regions_of(self.rewritten, attributes, inside, cut)
+        return schedule(self.rewritten, regions, entries, attributes, self._emit_options(device))
+
+    def _entry(self, output: fx.Node) -> fx.Node:
+        """Where a seed enters: the ledger wants to see the head's part, too."""
+        head = None if self._options.audit else head_of(output)
+        return output if head is None else head.projected
 
     def _emit_options(self, device: torch.device) -> EmitOptions:
         return EmitOptions(
@@ -525,13 +563,12 @@ class ExplainableGraphModule(nn.Module):
         output = flat[seeded[0]]
         return output.shape[-1], output.dim() == 3 or output.shape[-1] > 1000
 
-    def _ledger(
-        self, read: Read, chosen: Chosen, flat: Sequence[Tensor], seeds: Mapping[int, Tensor]
-    ) -> Ledger:
+    def _ledger(self, read: Read, chosen: Chosen, flat: Sequence[Tensor], seeds: Seeds) -> Ledger:
         # As the reverse pass meets them: from the target to the inputs.
         nodes = [node for node in reversed(self.rewritten.graph.nodes) if node.name in read.sums]
         sums = [read.sums[node.name] for node in nodes]
-        seeded = sum(float((flat[i].double() * seed.double()).sum()) for i, seed in seeds.items())
+        dense = {i: _dense(seed, flat[i]) for i, seed in seeds.items()}
+        seeded = sum(float((flat[i].double() * seed.double()).sum()) for i, seed in dense.items())
         return read_ledger(
             nodes,
             torch.stack(sums) if sums else torch.zeros(0, 3),
@@ -555,12 +592,15 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
 
 
+def _dense(seeds: Sequence[Seed] | Tensor, output: Tensor) -> Tensor:
+    """A gradient in the shape of its output."""
+    if isinstance(seeds, Tensor):
+        return seeds
+    return sum((seed.dense(output) for seed in seeds), start=torch.zeros_like(output))
+
+
 def _seed_port(output: int, node: fx.Node) -> Port:
     return Port(output, Channel.COEFFICIENT, node.meta["val"].dtype)
-
-
-def _one_region(graph_module: fx.GraphModule, attributes: Mapping[str, Tensor]) -> list[Region]:
-    return [whole(graph_module, attributes)]
 
 
 def _inputs_and_values(kept: Keeping) -> tuple[list[str], list[str]]:

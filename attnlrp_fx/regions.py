@@ -74,12 +74,6 @@ class Region:
         return fx.GraphModule(owner, graph)
 
 
-def whole(graph_module: fx.GraphModule, attributes: Mapping[str, Tensor]) -> Region:
-    """A rewritten graph as one region."""
-    graph = graph_module.graph
-    return _region(computed(graph), outputs_of(graph), attributes)
-
-
 def computed(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that compute something: all but inputs, boundaries, attributes and the output."""
     return [
@@ -89,22 +83,31 @@ def computed(graph: fx.Graph) -> list[fx.Node]:
     ]
 
 
-def regions_of(graph_module: fx.GraphModule, attributes: Mapping[str, Tensor]) -> list[Region]:
+def regions_of(
+    graph_module: fx.GraphModule,
+    attributes: Mapping[str, Tensor],
+    seeded: Sequence[fx.Node] = (),
+    cut: bool = True,
+) -> list[Region]:
     """Cut a rewritten graph at its repeated blocks.
 
     Args:
         graph_module: the rewritten graph.
         attributes: the graph's tensors by name; their sizes and dtypes tell regions apart.
+        seeded: values inside of the graph where a reverse pass may begin.
+        cut: whether to cut at all.
 
     Returns:
         Regions in the graph's order, that together hold every node once; a single one where
         nothing repeats.
     """
     nodes = computed(graph_module.graph)
-    results = outputs_of(graph_module.graph)
-    looks = _looks(nodes, attributes)
-    crossing = _Crossing(nodes)
-    cuts = sorted({0, *_cuts(looks, 0, len(nodes), crossing), len(nodes)})
+    results = [*outputs_of(graph_module.graph), *seeded]
+    found: list[int] = []
+    if cut:
+        crossing = _Crossing(nodes)
+        found = _kept(_cuts(_looks(nodes, attributes), 0, len(nodes), crossing), nodes, crossing)
+    cuts = sorted({0, *found, len(nodes)})
     parts = [nodes[a:b] for a, b in pairwise(cuts)]
     return [_region(part, results, attributes) for part in parts]
 
@@ -208,6 +211,20 @@ def _cuts(looks: Tensor, start: int, end: int, crossing: _Crossing) -> set[int]:
     inside = {begin + offset for begin in places[:-1] for offset in inner}
     outside = _cuts(looks, start, first, crossing) | _cuts(looks, last, end, crossing)
     return {*places, *inside, *outside}
+
+
+def _kept(cuts: set[int], nodes: Sequence[fx.Node], crossing: _Crossing) -> list[int]:
+    """The cuts that nothing crosses that cannot, each before a stretch that makes a tensor.
+
+    All copies of a block are cut inside where the first may be, yet another can be wired otherwise.
+    A stretch that makes sizes alone is no graph to trace.
+    """
+    possible = sorted(cut for cut in cuts if crossing.width(0, cut) < float("inf"))
+    return [
+        cut
+        for cut, end in pairwise([*possible, len(nodes)])
+        if any(isinstance(node.meta.get("val"), Tensor) for node in nodes[cut:end])
+    ]
 
 
 def _most_repeated(looks: Tensor) -> tuple[int, int, int] | None:

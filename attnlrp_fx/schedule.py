@@ -70,8 +70,8 @@ class Schedule:
 
     programs: tuple[Program, ...]
     """For each region its program; regions that are alike share one."""
-    seeded: tuple[int, ...]
-    """Which flat outputs have a seed."""
+    seeded: Mapping[int, fx.Node]
+    """Which flat outputs are explained, and for each the node at which its seed enters."""
     device: torch.device
     forward: tuple[Step, ...]
     relevance: tuple[Step, ...]
@@ -83,7 +83,7 @@ class Schedule:
     outputs: tuple[tuple[int | None, Any], ...]
     """For each flat output its slot, or None and the constant that it is."""
     seeds: tuple[int, ...]
-    """The slots of the seeded outputs' coefficients."""
+    """For each of them the slot where its seed enters."""
     explained: Mapping[str, int]
     """The slots of the explained inputs' relevance."""
     slots: int
@@ -118,7 +118,7 @@ class Schedule:
         return [constant if slot is None else found[slot] for slot, constant in self.outputs]
 
     def run_relevance(self, values: Values, seeds: Sequence[Tensor], call: Call) -> Read:
-        """Take seeds, one for each seeded output, back to the inputs.
+        """Take seeds, one for each explained output, back to the inputs.
 
         Values that several regions read receive from each: results add up.
         """
@@ -144,7 +144,7 @@ def _add(values: Values, slot: int, value: Tensor) -> None:
 def schedule(
     rewritten: fx.GraphModule,
     regions: Sequence[Region],
-    seeded: Sequence[int],
+    seeded: Mapping[int, fx.Node],
     attributes: Mapping[str, Tensor],
     options: EmitOptions,
 ) -> Schedule:
@@ -153,7 +153,8 @@ def schedule(
     Args:
         rewritten: the rewritten graph.
         regions: it, cut in pieces, in order.
-        seeded: positions of the flat outputs that get a seed.
+        seeded: positions of the flat outputs that are explained, and for each the node at which
+            its seed enters: the output itself, or what its head projects.
         attributes: the graph's tensors by name; only their sizes, strides and dtypes are read.
         options: how programs are traced.
 
@@ -161,7 +162,7 @@ def schedule(
         RuleError: an op cannot be traced, or writes in place.
     """
     outputs = outputs_of(rewritten.graph)
-    programs = _emit_all(regions, [outputs[i] for i in seeded], attributes, options)
+    programs = _emit_all(regions, list(seeded.values()), attributes, options)
     slots = _Slots()
     pairs = zip(regions, programs, strict=True)
     places = [_Place(i, region, program, slots) for i, (region, program) in enumerate(pairs)]
@@ -173,13 +174,13 @@ def schedule(
     steps = _emptying([*forward, *relevance], slots, explained.values())
     return Schedule(
         programs=tuple(programs),
-        seeded=tuple(seeded),
+        seeded=dict(seeded),
         device=options.device,
         forward=tuple(steps[: len(forward)]),
         relevance=tuple(steps[len(forward) :]),
         derived=tuple(place.keeping() for place in places if place.program.derived is not None),
         outputs=tuple(_output(output, slots) for output in outputs),
-        seeds=tuple(slots.of(Channel.COEFFICIENT, outputs[i]) for i in seeded),
+        seeds=tuple(slots.of(Channel.COEFFICIENT, node) for node in seeded.values()),
         explained=explained,
         inputs=slots.known("value", placeholders),
         attributes={key[1]: slot for key, slot in slots.numbers.items() if key[0] == "attribute"},

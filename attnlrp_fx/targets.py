@@ -30,13 +30,41 @@ class Outputs:
 
 
 @dataclass(frozen=True)
+class Seed:
+    """A target's gradient with respect to one output: a few numbers at one place of each row."""
+
+    output: str
+    index: Tensor | None
+    """(batch, K) int64: classes, counted over all dimensions but the batch and, if there is a
+    position, the sequence; None: all, in order."""
+    weight: Tensor
+    """(batch, K): the gradient there, float32 or better."""
+    position: Tensor | None = None
+    """(batch,) int64: where in an output (batch, sequence, classes); None: it has no sequence."""
+
+    def dense(self, output: Tensor) -> Tensor:
+        """The gradient in the shape and dtype of its output."""
+        index = self.index
+        if index is None:
+            index = torch.arange(self.weight.shape[1], device=self.weight.device)
+            index = index.expand(self.weight.shape)
+        if self.position is not None:
+            index = index + (self.position * output.shape[-1])[:, None]
+        found = torch.zeros(output.shape[0], output[0].numel(), device=output.device)
+        found = found.to(self.weight.dtype).scatter_add_(1, index, self.weight)
+        return found.reshape(output.shape).to(output.dtype)
+
+
+@dataclass(frozen=True)
 class Chosen:
     """A target evaluated on outputs."""
 
     value: Tensor
-    """(batch,): the explained values, differentiable with respect to the outputs."""
+    """(batch,): the explained values; without seeds, differentiable by the outputs."""
     index: Tensor | None = None
     """(batch,) int64: the class or token explained, where there is one."""
+    seeds: tuple[Seed, ...] = ()
+    """The value's gradient, where the target knows it."""
 
 
 @runtime_checkable
@@ -75,10 +103,10 @@ class Logit:
         spans = _span_outputs(outputs) if self.output is None and self.index is None else []
         if spans:
             ends = [_highest_of_span(outputs, name, self.position) for name in spans]
-            return Chosen(torch.stack(ends).sum(0))
+            return Chosen(torch.stack([v for v, _ in ends]).sum(0), seeds=tuple(s for _, s in ends))
         scores = _scores(outputs, self.output, self.position)
         index = _indices(self.index, scores, "index")
-        return Chosen(scores.gather(1, index[:, None])[:, 0], index)
+        return Chosen(scores.at(index), index, (scores.seed(index[:, None]),))
 
     def __str__(self) -> str:
         return "highest logit" if self.index is None else "logit"
@@ -104,18 +132,25 @@ class Contrast:
         """logit − mean of the others, float32 or better."""
         scores = _scores(outputs, self.output, self.position)
         index = _indices(self.index, scores, "index")
-        wanted = scores.gather(1, index[:, None])[:, 0]
-        classes = scores.shape[1]
+        wanted, values = scores.at(index), scores.values
+        classes = values.shape[1]
         if self.against is None:
             if classes < 2:
                 raise TargetError("there is nothing to contrast with: the output has one class")
-            return Chosen(wanted - (scores.sum(1) - wanted) / (classes - 1), index)
+            weight = torch.full_like(values, -1 / (classes - 1))
+            weight = weight.scatter(1, index[:, None], 1.0)
+            mean = (values.sum(1) - wanted) / (classes - 1)
+            return Chosen(wanted - mean, index, (scores.seed(None, weight),))
         others = [self.against] if isinstance(self.against, int) else list(self.against)
         if not others:
             raise TargetError("'against' is empty", remedy="name classes, or None for all others")
         columns = [_indices(other, scores, "against") for other in others]
-        against = scores.gather(1, torch.stack(columns, 1))
-        return Chosen(wanted - against.mean(1), index)
+        rest = torch.stack(columns, 1)
+        both = torch.cat([index[:, None], rest], 1)
+        weight = torch.full_like(both, -1 / len(columns), dtype=values.dtype)
+        weight[:, 0] = 1.0
+        value = wanted - values.gather(1, rest).mean(1)
+        return Chosen(value, index, (scores.seed(both, weight),))
 
     def __str__(self) -> str:
         return "logit in contrast"
@@ -133,7 +168,11 @@ class LogProb:
         """log softmax of the scores at the index, float32 or better."""
         scores = _scores(outputs, self.output, self.position)
         index = _indices(self.index, scores, "index")
-        return Chosen(scores.log_softmax(1).gather(1, index[:, None])[:, 0], index)
+        logarithms = scores.values.log_softmax(1)
+        rest = -logarithms.exp()
+        weight = rest.scatter_add(1, index[:, None], torch.ones_like(rest[:, :1]))
+        value = logarithms.gather(1, index[:, None])[:, 0]
+        return Chosen(value, index, (scores.seed(None, weight),))
 
     def __str__(self) -> str:
         return "log-probability"
@@ -193,16 +232,39 @@ def _span_outputs(outputs: Outputs) -> list[str]:
     return names if "logits" not in outputs.named and len(names) == 2 else []
 
 
-def _highest_of_span(outputs: Outputs, name: str, position: Index) -> Tensor:
-    """The highest start or end logit of a token that is no padding."""
+def _highest_of_span(outputs: Outputs, name: str, position: Index) -> tuple[Tensor, Seed]:
+    """The highest start or end logit of a token that is no padding, and its gradient."""
     scores = _scores(outputs, name, position)
-    mask = _mask_of(scores, outputs)
-    allowed = scores if mask is None else scores.masked_fill(mask == 0, -torch.inf)
-    return scores.gather(1, allowed.argmax(1, keepdim=True))[:, 0]
+    mask = _mask_of(scores.values, outputs)
+    allowed = scores.values
+    if mask is not None:
+        allowed = allowed.masked_fill(mask == 0, -torch.inf)
+    index = allowed.argmax(1)
+    return scores.at(index), scores.seed(index[:, None])
 
 
-def _scores(outputs: Outputs, name: str | None, position: Index) -> Tensor:
-    """The (batch, classes) scores of one output, float32 or better.
+@dataclass(frozen=True)
+class _Scores:
+    """What a target reads of one output."""
+
+    values: Tensor
+    """(batch, classes), float32 or better."""
+    output: str
+    position: Tensor | None
+
+    def at(self, index: Tensor) -> Tensor:
+        """The score of one class a row."""
+        return self.values.gather(1, index[:, None])[:, 0]
+
+    def seed(self, index: Tensor | None, weight: Tensor | None = None) -> Seed:
+        """The gradient of a weighted sum of scores; None: of one score."""
+        if weight is None:
+            weight = torch.ones_like(self.values[:, :1])
+        return Seed(self.output, index, weight.detach(), self.position)
+
+
+def _scores(outputs: Outputs, name: str | None, position: Index) -> _Scores:
+    """The scores of one output.
 
     Sequences are read at a position; outputs with more dimensions (maps) are flattened.
     """
@@ -223,14 +285,17 @@ def _scores(outputs: Outputs, name: str | None, position: Index) -> Tensor:
             why=f"its shape is {tuple(scores.shape)}, not (batch, sequence, classes)",
             remedy="leave position out",
         )
+    where: Tensor | None = None
     if scores.dim() == 1:
         scores = scores[:, None]
     elif scores.dim() == 3:
         rows = torch.arange(scores.shape[0], device=scores.device)
-        scores = scores[rows, _positions(position, scores, outputs)]
+        where = _positions(position, scores, outputs)
+        scores = scores[rows, where]
     elif scores.dim() > 3:
         scores = scores.flatten(1)
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    values = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return _Scores(values, name, where)
 
 
 def _positions(position: Index, scores: Tensor, outputs: Outputs) -> Tensor:
@@ -261,11 +326,12 @@ def _mask_of(scores: Tensor, outputs: Outputs) -> Tensor | None:
     return None
 
 
-def _indices(index: Index, scores: Tensor, name: str) -> Tensor:
+def _indices(index: Index, scores: _Scores, name: str) -> Tensor:
     """(batch,) class indices; None means the highest score."""
+    values = scores.values
     if index is None:
-        return scores.argmax(1)
-    return _checked(index, scores.shape[0], scores.shape[1], name, scores.device)
+        return values.argmax(1)
+    return _checked(index, values.shape[0], values.shape[1], name, values.device)
 
 
 def _checked(value: Index, batch: int, size: int, name: str, device: torch.device) -> Tensor:

@@ -8,44 +8,49 @@ Both products are read in one form, whether they are written as matmul, bmm, bad
 The ops between them are replayed on the scale c and on a bias b, so that s = c·qkᵀ + b throughout:
 
     s · t, s / t           c·t, or q·t for a tensor;  b·t
-    s + m                  b + m
+    s + m, s − m           b + m, b − m
     where(keep, s, f)      where(keep, b, f)          f ≤ −10⁴ masks: −∞ stays, else the least value
     max(s, f)              max(b, f)                  f as before
-    view of the batch      view of q, k, b
+    s − rowmax(s)          nothing                    it changes no weight
+    view of the batch      view of m                  or of q and k, where they are folded
     casts                  nothing
 
-The least value of the dtype swallows any score, so that a row masked throughout stays uniform.
+A constant m is brought to the batch of q and k by views, and is repeated only where a dimension
+over which it is broadcast is regrouped with one that it has. The fused op gets four dimensions.
 
 The rules of the parts and of the whole give the same relevance; the whole runs on a fused kernel.
-Only in a row that is masked throughout by a finite fill does the whole let relevance through to
-query and key where the parts do not. A bias that is explained, a cap on the scores, a column that
-only the softmax sees, and scores or weights that are used elsewhere too leave the parts as they
-are.
+The least value of the dtype swallows any score, so that a row masked throughout stays uniform. Only
+what is explained of such a row itself differs: the kernels that run the whole keep the logarithm of
+its sum, which that value swallows too. Where it is masked by −∞, the whole gives zero for NaN.
+
+A bias that is explained, a cap on the scores, a column that only the softmax sees, and scores or
+weights that are used elsewhere too leave the parts as they are.
 """
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from itertools import pairwise
-from operator import attrgetter
+from operator import attrgetter, getitem
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from attnlrp_fx.analysis import explained_values
+from attnlrp_fx.batch_views import Size, View, known_sizes, size_of, views_between
+from attnlrp_fx.matrix_products import NearMiss, Operand, query_and_key, shape_of, value_of
 from attnlrp_fx.operators import aten, is_cast, is_op, is_structural, leaves
 from attnlrp_fx.passes.base import PassContext, PassResult, finish, inherit, replace
 
 MASKED = -1e4
 """A score at or below this one is meant to get no weight."""
-STEPS = ("mul", "div", "add", "where", "masked_fill", "maximum", "max", "clamp_min", "clamp")
+STEPS = ("mul", "div", "add", "sub", "where", "masked_fill", "maximum", "max", "clamp_min", "clamp")
 """Ops that may stand between the scores and their softmax, beside casts and views."""
+REGROUPS = ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
+"""Views that keep elements in their order."""
 FUSED_RANK = 4
 """The fused kernels take (batch, heads, rows, features)."""
-
-
-class _NearMiss(Exception):
-    """Why something that looks like attention is left in its parts."""
 
 
 def raise_attention(graph_module: fx.GraphModule, context: PassContext) -> PassResult:
@@ -58,7 +63,7 @@ def raise_attention(graph_module: fx.GraphModule, context: PassContext) -> PassR
             continue
         try:
             written = _read(node, weights, explained)
-        except _NearMiss as reason:
+        except NearMiss as reason:
             result.miss(node, str(reason))
             continue
         new = _Writer(graph_module.graph, node, result.name).write(written)
@@ -71,37 +76,29 @@ def raise_attention(graph_module: fx.GraphModule, context: PassContext) -> PassR
 
 
 @dataclass(frozen=True)
-class _Operand:
-    """A tensor, and the order of its dimensions that brings it to (batch..., rows, features)."""
-
-    node: fx.Node
-    order: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[str, ...]:
-        return tuple(_shape(self.node)[d] for d in self.order)
-
-
-@dataclass(frozen=True)
 class _Step:
-    """One op between the products: what it does to scale, bias and batch, and with what."""
+    """One op between the products: what it does to scale and bias, and with what."""
 
     does: str
-    """"times", "over", "plus", "keep", "fill", "floor", "unfold"."""
+    """"times", "over", "plus", "keep", "fill", "floor"."""
     operand: Any
-    """A number or a constant; for "keep" and "fill" the condition; for "unfold" the sizes."""
+    """A number or a constant; for "keep" and "fill" the condition."""
     value: float = 1.0
     """What masked scores are filled with; the factor of a constant that is added."""
+    views: tuple[View, ...] = ()
+    """What brings the constant to the batch of the fused op."""
 
 
 @dataclass(frozen=True)
 class _Written:
     """An attention as it was written: softmax(steps(query · keyᵀ)) · value."""
 
-    query: _Operand
-    key: _Operand
-    value: _Operand
+    query: Operand
+    key: Operand
+    value: Operand
     steps: tuple[_Step, ...]
+    batch: tuple[Size, ...] | None
+    """The batch of the fused op; None: the query's own."""
     out: tuple[int, ...]
     """The order of the result's dimensions, out of (batch..., query rows, value features)."""
 
@@ -126,57 +123,80 @@ def _weights(node: fx.Node) -> fx.Node | None:
 
 def _read(node: fx.Node, weights: fx.Node, explained: Set[fx.Node]) -> _Written:
     """The attention that ends in a product of weights and value."""
-    value, out = _value(node, weights)
+    value, out = value_of(node, weights)
     chain = _chain(weights, explained)
-    query, key = _query_and_key(chain[0])
-    if query.shape[:-2] != key.shape[:-2] or value.shape[:-2] != _shape(weights)[:-2]:
-        raise _NearMiss("query, key and value have unlike batches")
+    query, key = query_and_key(chain[0])
+    if query.shape[:-2] != key.shape[:-2] or value.shape[:-2] != shape_of(weights)[:-2]:
+        raise NearMiss("query, key and value have unlike batches")
     query, key = (_in_dtype(operand, value.node) for operand in (query, key))
+    batch = _fused_batch(chain)
+    sizes = known_sizes([x.node for x in (query, key, value)], chain)
     dtype = query.node.meta["val"].dtype
-    steps = _product_steps(chain[0], explained)
-    shape, folded = _shape(chain[0]), False
+    read = [(chain[0], step) for step in _product_steps(chain[0], explained)]
     for before, after in pairwise(chain):
-        if is_op(after, "softmax", "_softmax") or is_cast(after):
+        if is_op(after, "softmax", "_softmax") or _keeps_scores(after) or _maximum(after):
             continue
-        if is_op(after, "view", "_unsafe_view", "reshape"):
-            folded, shape, step = _batch_step(before, after, folded, shape, steps)
-            steps += [step] if step else []
-            continue
-        if _shape(after) != _shape(before):
-            raise _NearMiss(f"'{after.name}' enlarges the scores")
-        steps.append(_step(after, before, dtype))
-        operand = steps[-1].operand
-        if folded and isinstance(operand, fx.Node) and operand.meta["val"].dim() > 2:
-            raise _NearMiss(f"'{after.name}' masks scores whose batch is folded")
-    return _Written(query, key, value, tuple(steps), out)
+        if shape_of(after) != shape_of(before):
+            raise NearMiss(f"'{after.name}' enlarges the scores")
+        read.append((after, _step(after, before, dtype)))
+    steps = [
+        replace_fields(step, views=views_between(step.operand, shape_of(at)[:-2], batch, sizes))
+        for at, step in read
+    ]
+    own = batch == query.shape[:-2]
+    given = None if own else tuple(size_of(text, sizes) for text in batch)
+    return _Written(query, key, value, tuple(steps), given, out)
 
 
 def _chain(weights: fx.Node, explained: Set[fx.Node]) -> list[fx.Node]:
     """The nodes from the product of query and key to the weights, in order."""
-    chain = [weights]
+    chain, maxima = [weights], set[fx.Node]()
     softmaxes = 0
     while not is_op(chain[-1], "matmul", "bmm", "baddbmm", "einsum"):
         node = chain[-1]
         if is_op(node, "softmax", "_softmax"):
             softmaxes += 1
             if node.args[1] not in (-1, node.meta["val"].dim() - 1):
-                raise _NearMiss("the softmax is not over the last dimension")
+                raise NearMiss("the softmax is not over the last dimension")
         elif not softmaxes and not _keeps_scores(node):
-            raise _NearMiss(f"the weights are not the whole softmax, but its '{node.name}'")
+            raise NearMiss(f"the weights are not the whole softmax, but its '{node.name}'")
         elif softmaxes > 1 or not (_keeps_scores(node) or is_op(node, *STEPS)):
-            raise _NearMiss(
+            raise NearMiss(
                 f"the scores come from '{node.name}', not from a product of query and key"
             )
-        sources = [leaf for leaf in _inputs(node) if leaf in explained]
+        maximum = _maximum(node)
+        sources = [x for x in _inputs(node) if x in explained and x not in maximum]
         if len(sources) != 1:
-            raise _NearMiss(
+            raise NearMiss(
                 f"'{node.name}' combines explained values: what it adds is not a constant mask"
             )
         chain.append(sources[0])
-    for node in chain:
-        if sum(node in _inputs(user) for user in node.users) > 1:
-            raise _NearMiss(f"'{node.name}' is used elsewhere too")
+        maxima.update(maximum)
+    for node in (*chain, *maxima):
+        users = [user for user in node.users if node in _inputs(user)]
+        if sum(user not in maxima for user in users) > 1:
+            raise NearMiss(f"'{node.name}' is used elsewhere too")
     return chain[::-1]
+
+
+def _maximum(node: fx.Node) -> list[fx.Node]:
+    """The nodes that compute the maximum of each row of scores, if that is what a node subtracts.
+
+    It changes no weight, and as the pullback of a softmax adds up to zero, no coefficient.
+    """
+    if not is_op(node, "sub") or not isinstance(node.args[1], fx.Node):
+        return []
+    scores: Any = node.args[0]
+    found: list[fx.Node] = [node.args[1]]
+    while is_cast(found[-1]) or is_op(found[-1], *REGROUPS) or found[-1].target is getitem:
+        found += leaves(found[-1].args[:1])
+    if not is_op(found[-1], "amax", "max") or found[-1].args[0] is not scores:
+        return []
+    last = node.meta["val"].dim() - 1
+    over = found[-1].args[1:2]
+    is_row = over in ((-1,), (last,), ([-1],), ([last],))
+    fits = shape_of(found[0]) == (*shape_of(node)[:-1], "1")
+    return found if is_row and fits else []
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:
@@ -188,8 +208,8 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
 
 def _keeps_scores(node: fx.Node) -> bool:
     """Whether a node is a cast, or a view that leaves the last two dimensions alone."""
-    if is_op(node, "view", "_unsafe_view", "reshape"):
-        return _shape(node)[-2:] == _shape(node.args[0])[-2:]
+    if is_op(node, *REGROUPS):
+        return shape_of(node)[-2:] == shape_of(node.args[0])[-2:]
     return is_cast(node)
 
 
@@ -204,7 +224,7 @@ def _step(node: fx.Node, scores: fx.Node, dtype: torch.dtype) -> _Step:
     if is_op(node, "maximum", "max", "clamp_min", "clamp"):
         bound = rest[0] if first is scores and rest else first
         if len(rest) > 1 and rest[1] is not None:
-            raise _NearMiss(f"'{node.name}' caps the scores")
+            raise NearMiss(f"'{node.name}' caps the scores")
         return _Step("floor", _fill(bound, node))
     operand = rest[0] if first is scores else first
     number = _number(operand)
@@ -212,18 +232,19 @@ def _step(node: fx.Node, scores: fx.Node, dtype: torch.dtype) -> _Step:
         return _Step("times", _scale(operand, node, dtype) if number is None else number)
     if is_op(node, "div"):
         if first is not scores or node.kwargs.get("rounding_mode"):
-            raise _NearMiss(f"'{node.name}' divides by the scores, or rounds")
+            raise NearMiss(f"'{node.name}' divides by the scores, or rounds")
         return _Step("over", _scale(operand, node, dtype) if number is None else number)
-    if node.kwargs.get("alpha", 1) != 1:
-        raise _NearMiss(f"'{node.name}' does not simply add a mask")
-    return _Step("plus", _fitting(operand, node, dtype) if number is None else number)
+    if node.kwargs.get("alpha", 1) != 1 or (is_op(node, "sub") and first is not scores):
+        raise NearMiss(f"'{node.name}' does not simply add a mask")
+    sign = -1.0 if is_op(node, "sub") else 1.0
+    return _Step("plus", _fitting(operand, node, dtype) if number is None else number, sign)
 
 
 def _fill(value: Any, node: fx.Node) -> float:
     """The number that masked scores are filled with."""
     number = _number(value)
     if number is None or number > MASKED:
-        raise _NearMiss(f"'{node.name}' fills scores with what is no large negative number")
+        raise NearMiss(f"'{node.name}' fills scores with what is no large negative number")
     return number
 
 
@@ -232,7 +253,7 @@ def _scale(operand: Any, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     fitting = _fitting(operand, node, dtype)
     value = fitting.meta["val"]
     if value.dim() and value.shape[-1] != 1:
-        raise _NearMiss(f"'{node.name}' scales the scores of a query one by one")
+        raise NearMiss(f"'{node.name}' scales the scores of a query one by one")
     return fitting
 
 
@@ -240,124 +261,27 @@ def _fitting(operand: Any, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     """A constant tensor that the query's dtype can hold."""
     value = operand.meta["val"]
     if not isinstance(value, Tensor):
-        raise _NearMiss(f"'{node.name}' takes a number that depends on the input's size")
+        raise NearMiss(f"'{node.name}' takes a number that depends on the input's size")
     if value.dim() and torch.promote_types(value.dtype, dtype) != dtype:
-        raise _NearMiss(f"'{node.name}' takes a {value.dtype}, which does not fit into {dtype}")
+        raise NearMiss(f"'{node.name}' takes a {value.dtype}, which does not fit into {dtype}")
     assert isinstance(operand, fx.Node)
     return operand
 
 
-def _batch_step(
-    before: fx.Node, after: fx.Node, folded: bool, shape: tuple[str, ...], steps: Sequence[_Step]
-) -> tuple[bool, tuple[str, ...], _Step | None]:
-    """A view of the scores' batch: (whether it is folded now, its largest shape, a step)."""
-    now = _shape(after)
-    if now == shape:
-        return False, shape, None
-    if len(now) < len(shape):
-        return True, shape, None
-    if folded or len(now) == len(shape):
-        raise _NearMiss(f"'{after.name}' regroups the batch")
-    for step in steps:
-        if isinstance(step.operand, fx.Node):
-            batch = _shape(step.operand)[:-2]
-            if set(batch) - {"1"} and batch != _shape(before)[:-2]:
-                raise _NearMiss(f"'{after.name}' splits a batch over which the mask is broadcast")
-    sizes = after.args[1]
-    return False, now, _Step("unfold", tuple(sizes[:-2]))  # type: ignore[index,arg-type]
+def _fused_batch(chain: Sequence[fx.Node]) -> tuple[str, ...]:
+    """The batch of the fused op: that of the product, unless it is folded and unfolds later."""
+    batches = [shape_of(node)[:-2] for node in chain]
+    return batches[0] if len(batches[0]) > 1 else max(batches, key=len)
 
 
-def _in_dtype(operand: _Operand, like: fx.Node) -> _Operand:
+def _in_dtype(operand: Operand, like: fx.Node) -> Operand:
     """An operand without the casts that the fused op makes itself."""
     node, dtype = operand.node, like.meta["val"].dtype
     while node.meta["val"].dtype != dtype and is_cast(node):
         node = node.args[0]  # type: ignore[assignment]
     if node.meta["val"].dtype != dtype:
-        raise _NearMiss(f"'{node.name}' and '{like.name}' have unlike dtypes")
-    return _Operand(node, operand.order)
-
-
-# The two products, in one form.
-
-
-def _query_and_key(node: fx.Node) -> tuple[_Operand, _Operand]:
-    """Query and key of scores (batch..., query rows, key rows)."""
-    if not is_op(node, "einsum"):
-        first, second = node.args[1:3] if is_op(node, "baddbmm") else node.args[:2]
-        *batch, rows, columns = _straight(second).order
-        return _straight(first), _untransposed(_straight(second, (*batch, columns, rows)))
-    left, right, out = _factors(node)
-    outer, row, column = out[:-2], out[-2], out[-1]
-    if row not in left.letters:
-        left, right = right, left
-    (summed,) = set(left.letters) & set(right.letters) - set(out)
-    query, key = left.ordered(outer + row + summed), right.ordered(outer + column + summed)
-    if query is None or key is None:
-        raise _NearMiss(f"'{node.name}' does not order its scores as (batch, query, key)")
-    return query, _untransposed(key)
-
-
-def _value(node: fx.Node, weights: fx.Node) -> tuple[_Operand, tuple[int, ...]]:
-    """The value of a product with weights, and the order of the product's dimensions."""
-    if not is_op(node, "einsum"):
-        return _straight(node.args[1]), _straight(node).order
-    left, right, out = _factors(node)
-    if left.node is not weights:
-        left, right = right, left
-    outer, row, summed = left.letters[:-2], left.letters[-2], left.letters[-1]
-    feature = "".join(set(out) - set(left.letters))
-    value = right.ordered(outer + summed + feature)
-    if value is None or sorted(out) != sorted(outer + row + feature):
-        raise _NearMiss(f"'{node.name}' is no product of weights (batch, query, key) and value")
-    return value, tuple((outer + row + feature).index(letter) for letter in out)
-
-
-@dataclass(frozen=True)
-class _Factor:
-    """A factor of an einsum."""
-
-    node: fx.Node
-    letters: str
-
-    def ordered(self, wanted: str) -> _Operand | None:
-        """The factor with its dimensions in the wanted order, None if it has others."""
-        if sorted(self.letters) != sorted(wanted):
-            return None
-        return _Operand(self.node, tuple(self.letters.index(letter) for letter in wanted))
-
-
-def _factors(node: fx.Node) -> tuple[_Factor, _Factor, str]:
-    """The factors of an einsum that is a batched matrix product, and its output's letters."""
-    equation = str(node.args[0]).replace(" ", "")
-    inputs, arrow, out = equation.partition("->")
-    factors = [_Factor(*pair) for pair in zip(leaves(node.args[1]), inputs.split(","), strict=True)]
-    repeated = any(len(set(word)) < len(word) for word in (*inputs.split(","), out))
-    if len(factors) != 2 or not arrow or "." in equation or repeated or len(out) < 2:
-        raise _NearMiss(f"'{node.name}' is no plain product of two factors: '{equation}'")
-    left, right = factors
-    if len(set(left.letters) & set(right.letters) - set(out)) != 1:
-        raise _NearMiss(f"'{node.name}' does not sum over one index: '{equation}'")
-    return left, right, out
-
-
-def _straight(node: Any, order: tuple[int, ...] | None = None) -> _Operand:
-    """A tensor as it is, or in another order."""
-    return _Operand(node, order or tuple(range(node.meta["val"].dim())))
-
-
-def _untransposed(operand: _Operand) -> _Operand:
-    """The same tensor taken from before the transpositions that its order undoes."""
-    node, order = operand.node, operand.order
-    while order != tuple(range(len(order))) and is_op(node, "transpose", "permute"):
-        rank = len(order)
-        if is_op(node, "permute"):
-            moved = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr,arg-type]
-        else:
-            i, j = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
-            moved = list(range(rank))
-            moved[i], moved[j] = j, i
-        node, order = node.args[0], tuple(moved[d] for d in order)  # type: ignore[assignment]
-    return _Operand(node, order)
+        raise NearMiss(f"'{node.name}' and '{like.name}' have unlike dtypes")
+    return Operand(node, operand.order)
 
 
 def _product_steps(node: fx.Node, explained: Set[fx.Node]) -> list[_Step]:
@@ -366,7 +290,7 @@ def _product_steps(node: fx.Node, explained: Set[fx.Node]) -> list[_Step]:
         return []
     bias, left, _ = node.args[:3]
     if bias in explained:
-        raise _NearMiss(f"'{node.name}' adds an explained value: it is not a constant mask")
+        raise NearMiss(f"'{node.name}' adds an explained value: it is not a constant mask")
     steps = [_Step("times", float(node.kwargs.get("alpha", 1)))]  # type: ignore[arg-type]
     beta = float(node.kwargs.get("beta", 1))  # type: ignore[arg-type]
     fitting = _fitting(bias, node, left.meta["val"].dtype)  # type: ignore[union-attr]
@@ -389,11 +313,6 @@ def _number(value: Any) -> float | None:
     return None
 
 
-def _shape(node: Any) -> tuple[str, ...]:
-    """Sizes as text: equal text is equal size for every input, and comparing adds no guard."""
-    return tuple(map(str, node.meta["val"].shape))
-
-
 # Writing.
 
 
@@ -411,39 +330,66 @@ class _Writer:
         """The nodes that compute what was written, the last of them returned."""
         self.query, self.key = self.ordered(written.query), self.ordered(written.key)
         value = self.ordered(written.value)
-        batch = self.sizes(value)[:-2]
+        if written.batch is not None:
+            batch = [self.size(size) for size in written.batch]
+            self.query, self.key = (self.batched(x, batch) for x in (self.query, self.key))
         for step in written.steps:
             getattr(self, step.does)(step)
-        rank = self.query.meta["val"].dim()
-        folded = len(batch) < rank - 2
-        if folded:
+        regrouped = shape_of(value)[:-2] != shape_of(self.query)[:-2]
+        own = self.sizes(value)[:-2]
+        if regrouped:
             value = self.batched(value, self.sizes(self.query)[:-2])
-        operands = [self.query, self.key, value]
-        for _ in range(rank, FUSED_RANK):
-            operands = [self.call(aten.unsqueeze.default, x, 0) for x in operands]
-        y = self.fused(*operands)
-        for _ in range(rank, FUSED_RANK):
-            y = self.call(aten.squeeze.dim, y, 0)
-        if folded:
-            y = self.batched(y, batch)
-        return self.ordered(_Operand(y, written.out))
+        y = self.fused(self.query, self.key, value)
+        if regrouped:
+            y = self.batched(y, own)
+        return self.ordered(Operand(y, written.out))
 
     def fused(self, query: fx.Node, key: fx.Node, value: fx.Node) -> fx.Node:
-        """The fused op; a mask has two dimensions or all of them, and the query's dtype."""
-        kwargs: dict[str, Any] = {"scale": self.scale}
-        if self.bias is not None:
-            mask = self.cast(self.bias)
-            while mask.meta["val"].dim() not in (2, query.meta["val"].dim()):
-                mask = self.call(aten.unsqueeze.default, mask, 0)
-            kwargs["attn_mask"] = mask
-        return self.call(aten.scaled_dot_product_attention.default, query, key, value, **kwargs)
+        """The fused op, in four dimensions; a mask has two of them or all, and query's dtype."""
+        mask = self.bias and self.cast(self.bias)
+        batch = self.sizes(query)[:-2]
+        operands = [query, key, value]
+        missing = range(len(batch), FUSED_RANK - 2)
+        for _ in missing:
+            operands = [self.call(aten.unsqueeze.default, x, 0) for x in operands]
+        if len(batch) > FUSED_RANK - 2:
+            outer = _cut(shape_of(query)[:-2], shape_of(mask)[:-2] if mask else ())
+            folded = [batch[0], -1] if outer == 1 else [-1, batch[-1]]
+            operands = [self.batched(x, folded) for x in operands]
+            mask = mask and self.folded(mask, batch, outer)
+        while mask and mask.meta["val"].dim() not in (2, FUSED_RANK):
+            mask = self.call(aten.unsqueeze.default, mask, 0)
+        kwargs = {"scale": self.scale, **({"attn_mask": mask} if mask else {})}
+        y = self.call(aten.scaled_dot_product_attention.default, *operands, **kwargs)
+        for _ in missing:
+            y = self.call(aten.squeeze.dim, y, 0)
+        return self.batched(y, batch) if len(batch) > FUSED_RANK - 2 else y
+
+    def folded(self, mask: fx.Node, batch: Sequence[Any], outer: int) -> fx.Node:
+        """A mask whose batch goes to two dimensions, repeated where it is broadcast in part."""
+        own = shape_of(mask)[:-2]
+        if not own:
+            return mask
+        own = ("1",) * (len(batch) - len(own)) + own
+        sizes = [*([1] * (len(batch) + 2 - mask.meta["val"].dim())), *self.sizes(mask)]
+        two: list[Any] = []
+        for part in (slice(0, outer), slice(outer, len(batch))):
+            if set(own[part]) <= {"1"}:
+                two.append(1)
+            else:
+                sizes[part] = batch[part]
+                two.append(batch[part][0] if part.stop - part.start == 1 else -1)
+        mask = self.call(aten.expand.default, mask, sizes)
+        return self.batched(mask, two)
 
     def times(self, step: _Step) -> None:
-        self._scaled(aten.mul.Tensor, step.operand, step.operand)
+        operand = self.moved(step.operand, step)
+        self._scaled(aten.mul.Tensor, operand, operand)
 
     def over(self, step: _Step) -> None:
-        inverse = step.operand if isinstance(step.operand, fx.Node) else 1 / step.operand
-        self._scaled(aten.div.Tensor, step.operand, inverse)
+        operand = self.moved(step.operand, step)
+        inverse = operand if isinstance(operand, fx.Node) else 1 / operand
+        self._scaled(aten.div.Tensor, operand, inverse)
 
     def _scaled(self, op: Any, operand: Any, factor: Any) -> None:
         """Numbers go to the scale, tensors to the query, and both to the bias."""
@@ -461,25 +407,22 @@ class _Writer:
         added = self.cast(step.operand)
         if step.value != 1:
             added = self.call(aten.mul.Tensor, added, step.value)
+        added = self.moved(added, step)
         self.bias = added if self.bias is None else self.call(aten.add.Tensor, self.bias, added)
 
     def keep(self, step: _Step) -> None:
-        bias = self._bias_like(step.operand)
-        self.bias = self.call(aten.where.ScalarOther, step.operand, bias, self._least(step.value))
+        kept = self.moved(step.operand, step)
+        bias = self._bias_like(kept)
+        self.bias = self.call(aten.where.ScalarOther, kept, bias, self._least(step.value))
 
     def fill(self, step: _Step) -> None:
-        bias = self._bias_like(step.operand)
-        self.bias = self.call(aten.masked_fill.Scalar, bias, step.operand, self._least(step.value))
+        filled = self.moved(step.operand, step)
+        bias = self._bias_like(filled)
+        self.bias = self.call(aten.masked_fill.Scalar, bias, filled, self._least(step.value))
 
     def floor(self, step: _Step) -> None:
         if self.bias is not None:
             self.bias = self.call(aten.clamp_min.default, self.bias, self._least(step.operand))
-
-    def unfold(self, step: _Step) -> None:
-        bias = self.bias
-        if bias is not None and set(_shape(bias)[:-2]) - {"1"}:
-            self.bias = self.batched(bias, step.operand)
-        self.query, self.key = (self.batched(x, step.operand) for x in (self.query, self.key))
 
     def _bias_like(self, condition: fx.Node) -> fx.Node:
         if self.bias is not None:
@@ -491,13 +434,19 @@ class _Writer:
         """−∞ stays, any other mask is the least value of the dtype."""
         return value if value == -torch.inf else torch.finfo(self.query.meta["val"].dtype).min
 
+    def moved(self, operand: Any, step: _Step) -> Any:
+        """A step's constant at the batch of the fused op."""
+        for op, sizes in step.views:
+            operand = self.call(op, operand, [self.size(size) for size in sizes])
+        return operand
+
     def cast(self, node: fx.Node) -> fx.Node:
         dtype = self.query.meta["val"].dtype
         if node.meta["val"].dtype == dtype:
             return node
         return self.call(aten._to_copy.default, node, dtype=dtype)
 
-    def ordered(self, operand: _Operand) -> fx.Node:
+    def ordered(self, operand: Operand) -> fx.Node:
         if operand.order == tuple(range(len(operand.order))):
             return operand.node
         return self.call(aten.permute.default, operand.node, list(operand.order))
@@ -505,6 +454,10 @@ class _Writer:
     def batched(self, node: fx.Node, batch: Sequence[Any]) -> fx.Node:
         """A tensor with its batch in other dimensions."""
         return self.call(aten.reshape.default, node, [*batch, *self.sizes(node)[-2:]])
+
+    def size(self, size: Size) -> Any:
+        """A size as an argument."""
+        return self.call(aten.sym_size.int, *size) if isinstance(size, tuple) else size
 
     def sizes(self, node: fx.Node) -> list[Any]:
         """A tensor's sizes, as numbers or nodes."""
@@ -522,3 +475,13 @@ class _Writer:
         values = fx.node.map_arg((new.args, new.kwargs), lambda leaf: leaf.meta["val"])
         new.meta["val"] = target(*values[0], **values[1])
         return new
+
+
+def _cut(batch: tuple[str, ...], mask: tuple[str, ...]) -> int:
+    """How many dimensions of a batch to fold first: one, or all but one.
+
+    Better so that a mask is broadcast over both folded parts or neither, and need not be repeated.
+    """
+    own = ("1",) * (len(batch) - len(mask)) + mask
+    mixed = [a == b for a, b in zip(own, batch, strict=True)]
+    return min((1, len(batch) - 1), key=lambda i: len({*mixed[:i]}) + len({*mixed[i:]}))

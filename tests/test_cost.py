@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attnlrp_fx
 from attnlrp_fx import ExplainableGraphModule, InputError
-from attnlrp_fx.cost import FORMULAS, Cost
+from attnlrp_fx.cost import FORMULAS, Cost, seed_like
 from attnlrp_fx.passes import PIPELINE, push_selections
 
 
@@ -62,7 +62,7 @@ def measured_peaks(explainer: ExplainableGraphModule, inputs: dict[str, Tensor])
 
     with torch.no_grad():
         forward_peak = allocated_at_most(forward)
-        seeds = [torch.ones_like(flat[i]) for i in schedule.seeded]
+        seeds = [seed_like(flat[i], node) for i, node in schedule.seeded.items()]
         left = storages([*values, *flat, *seeds])
         held = sum(count for storage, count in left.items() if storage not in own)
         return forward_peak, held + allocated_at_most(relevance)
@@ -115,8 +115,9 @@ def test_forward_operations_are_those_of_the_model(name: str) -> None:
 def test_operations_of_a_multilayer_perceptron() -> None:
     cost = compiled("mlp").cost(**BY_NAME["mlp"].example(5))
     assert cost.forward_flops == 2 * 5 * (6 * 16 + 16 * 12 + 12 * 4)
-    assert cost.relevance_flops == cost.forward_flops
-    assert cost.flops == 2 * cost.forward_flops
+    # A seed of one class is one row of the last layer's weights.
+    assert cost.relevance_flops == cost.forward_flops - 2 * 5 * 12 * 4
+    assert cost.flops == cost.forward_flops + cost.relevance_flops
 
 
 def test_operations_of_a_grouped_product() -> None:
@@ -135,11 +136,11 @@ def test_parameters_and_peak() -> None:
     logits, relevance = 7 * LABELS * 4, 7 * 4 * 4
     assert cost == Cost(
         forward_flops=2 * 7 * 4 * LABELS,
-        relevance_flops=2 * 7 * 4 * LABELS,
+        relevance_flops=0,
         parameters=4 * (4 * LABELS + LABELS),
         saved=0,
         forward_peak=logits,
-        relevance_peak=2 * logits + 2 * relevance,
+        relevance_peak=logits + 2 * relevance,
     )
     assert cost.peak == cost.parameters + cost.relevance_peak
 

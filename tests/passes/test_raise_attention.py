@@ -8,6 +8,7 @@ from models import LAYERS, randomised, transformers_model
 from rewriting import captured, copy_of, prepared, relevance, run, text
 from torch import nn
 
+from attnlrp_fx.composites import COMPOSITES
 from attnlrp_fx.passes import (
     NORMALISE,
     PassContext,
@@ -175,6 +176,83 @@ def mask_of_one_dimension(m, q, k, v, mask):
     return ((q @ k.transpose(2, 3) + m.bias[0, 0]).softmax(-1) @ v).transpose(1, 2)
 
 
+def relative_bias(m, q, k, v, mask):
+    """No scale, a bias learned for each distance and head, a mask of the keys."""
+    q, k, v = heads_first(q, k, v)
+    places = torch.arange(LENGTH)
+    bias = m.bias.flatten(1).T[(places[:, None] - places).abs()].permute(2, 0, 1)[None]
+    scores = q @ k.transpose(2, 3) + bias
+    scores = scores + (1.0 - mask[:, None, None].to(q.dtype)) * LEAST
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def windows(m, q, k, v, mask):
+    """A bias of the heads, then a mask of the windows, that lie in one dimension with the batch."""
+    q, k, v = heads_first(q, k, v)
+    scores = q @ k.transpose(2, 3) * m.temperature + m.bias[None]
+    scores = scores.view(1, BATCH, HEADS, LENGTH, LENGTH) + shifted(q.dtype)[None, :, None]
+    scores = scores.view(-1, HEADS, LENGTH, LENGTH)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def many_windows(m, q, k, v, mask):
+    """The same for several images: the windows' mask is repeated."""
+    q, k, v = (x.repeat(2, 1, 1, 1) for x in heads_first(q, k, v))
+    scores = (q @ k.transpose(2, 3)).unflatten(0, (2, BATCH)) + shifted(q.dtype)[:, None]
+    return (scores.flatten(0, 1).softmax(-1) @ v)[BATCH:].transpose(1, 2)
+
+
+def windows_apart(m, q, k, v, mask):
+    """Five dimensions, as no fused kernel takes them."""
+    q, k, v = (x.transpose(1, 2)[None] for x in (q, k, v))
+    scores = q @ k.mT + shifted(q.dtype)[:, None] + m.bias
+    return (scores.softmax(-1) @ v)[0].transpose(1, 2)
+
+
+def heads_apart(m, q, k, v, mask):
+    """Five dimensions with a mask over the first alone, whether it is repeated or not."""
+    q, k, v = (x.transpose(1, 2)[:, :, None].expand(-1, -1, 2, -1, -1) for x in (q, k, v))
+    scores = (q @ k.mT).masked_fill(mask[:, None, None, None] == 0, LEAST)
+    return (scores.softmax(-1) @ v)[:, :, 0].transpose(1, 2)
+
+
+def mask_of_a_folded_batch(m, q, k, v, mask):
+    """Scores of three dimensions, of four for one mask, and of three for another."""
+    q, k, v = (x.transpose(1, 2).reshape(BATCH * HEADS, LENGTH, FEATURES) for x in (q, k, v))
+    scores = torch.bmm(q, k.transpose(1, 2)).view(BATCH, HEADS, LENGTH, LENGTH) + causal(mask)
+    scores = scores.view(BATCH * HEADS, LENGTH, LENGTH) + m.bias.repeat(BATCH, 1, 1)
+    weights = scores.masked_fill((mask == 0).repeat_interleave(HEADS, 0)[:, None], LEAST)
+    y = torch.bmm(weights.softmax(-1), v)
+    return y.view(BATCH, HEADS, LENGTH, FEATURES).transpose(1, 2)
+
+
+def mask_subtracted(m, q, k, v, mask):
+    q, k, v = heads_first(q, k, v)
+    scores = q @ k.transpose(2, 3) - 65504 * (1 - mask[:, None, None])
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def maximum_subtracted(m, q, k, v, mask):
+    """A softmax that is kept from overflowing once more than it keeps itself."""
+    q, k, v = heads_first(q, k, v)
+    scores = (q @ k.transpose(2, 3) + m.bias + causal(mask)) / 32
+    scores = (scores - scores.amax(-1).unsqueeze(-1)) * 32
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def maximum_of_two_outputs(m, q, k, v, mask):
+    q, k, v = heads_first(q, k, v)
+    scores = q @ k.transpose(2, 3)
+    scores = scores - scores.max(-1, keepdim=True).values
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def shifted(dtype):
+    """(windows, length, length): of each window, other elements see each other."""
+    sees = torch.stack([torch.arange(LENGTH) < split for split in range(1, BATCH + 1)])
+    return (sees[:, :, None] != sees[:, None]).to(dtype) * -100
+
+
 def causal(mask):
     """(1, 1, length, length), large and negative above the diagonal."""
     above = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device=mask.device).triu(1)
@@ -201,6 +279,15 @@ WRITINGS = [
     integer_mask,
     mask_of_two_dimensions,
     mask_of_one_dimension,
+    relative_bias,
+    windows,
+    many_windows,
+    windows_apart,
+    heads_apart,
+    mask_of_a_folded_batch,
+    mask_subtracted,
+    maximum_subtracted,
+    maximum_of_two_outputs,
 ]
 
 
@@ -243,6 +330,18 @@ def test_is_raised_and_means_the_same(function, key_heads):
     rounded = 1e-6 if function in (float32_softmax, softmax_in_the_type_of_scores) else 1e-9
     torch.testing.assert_close(now, was, rtol=0, atol=min(1e-7, rounded))
     torch.testing.assert_close(again, once, rtol=rounded, atol=rounded)
+
+
+@pytest.mark.parametrize("composite", ["cp-lrp", "gradient"])
+@pytest.mark.parametrize(
+    "function", [relative_bias, windows, maximum_subtracted], ids=lambda function: function.__name__
+)
+def test_means_the_same_to_other_rules(function, composite):
+    before, after, _ = raised(function)
+    given, context = example(), PassContext(composite=COMPOSITES[composite])
+    seed = torch.randn_like(run(before, given)[0])
+    was, now = (relevance(graph, given, seed, context)["x"] for graph in (before, after))
+    torch.testing.assert_close(now, was, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("function", WRITINGS, ids=lambda function: function.__name__)
@@ -377,14 +476,14 @@ triu = aten.triu(ones, 1)
 mul_1 = aten.mul(triu, -1e+09)
 unsqueeze = aten.unsqueeze(mul_1, 0)
 unsqueeze_1 = aten.unsqueeze(unsqueeze, 1)
+reshape_5 = aten.reshape(reshape, [2, 3, 5, 4])
+reshape_6 = aten.reshape(reshape_1, [2, 3, 5, 4])
 mul_2 = aten.mul(to, 0.1)
-reshape_5 = aten.reshape(mul_2, [2, 3, 1, 5])
-reshape_6 = aten.reshape(reshape, [2, 3, 5, 4])
-reshape_7 = aten.reshape(reshape_1, [2, 3, 5, 4])
-add = aten.add(reshape_5, unsqueeze_1)
+reshape_7 = aten.reshape(mul_2, [2, 3, 1, 5])
+add = aten.add(reshape_7, unsqueeze_1)
 reshape_8 = aten.reshape(reshape_2, [2, 3, 5, 4])
 scaled_dot_product_attention = aten.scaled_dot_product_attention(
-    reshape_6, reshape_7, reshape_8, scale=0.5, attn_mask=add
+    reshape_5, reshape_6, reshape_8, scale=0.5, attn_mask=add
 )
 reshape_9 = aten.reshape(scaled_dot_product_attention, [6, 5, 4])
 reshape_10 = aten.reshape(reshape_9, [2, 3, 5, 4])
@@ -460,6 +559,24 @@ def returned_weights(m, q, k, v, mask):
     return (weights @ v).transpose(1, 2), weights
 
 
+def explained_positions(m, q, k, v, mask):
+    """What is added depends on the query: a product with embeddings of relative positions."""
+    q, k, v = heads_first(q, k, v)
+    return ((q @ k.mT + q @ m.bias[:, :FEATURES]).softmax(-1) @ v).transpose(1, 2)
+
+
+def column_maximum(m, q, k, v, mask):
+    """The maximum over the queries changes the weights."""
+    q, k, v = heads_first(q, k, v)
+    scores = q @ k.mT
+    return ((scores - scores.amax(-2, keepdim=True)).softmax(-1) @ v).transpose(1, 2)
+
+
+def subtracted_from(m, q, k, v, mask):
+    q, k, v = heads_first(q, k, v)
+    return ((m.bias - q @ k.mT).softmax(-1) @ v).transpose(1, 2)
+
+
 def other_softmax(m, q, k, v, mask):
     q, k, v = heads_first(q, k, v)
     return ((q @ k.transpose(2, 3)).softmax(-2) @ v).transpose(1, 2)
@@ -505,6 +622,9 @@ NEAR_MISSES = {
     explained_bias: "combines explained values: what it adds is not a constant mask",
     sink: "the weights are not the whole softmax, but its 'slice_",
     returned_weights: "'softmax' is used elsewhere too",
+    explained_positions: "combines explained values: what it adds is not a constant mask",
+    column_maximum: "combines explained values: what it adds is not a constant mask",
+    subtracted_from: "does not simply add a mask",
     other_softmax: "the softmax is not over the last dimension",
     weak_mask: "'masked_fill' fills scores with what is no large negative number",
     wide_mask: "which does not fit into torch.float32",
@@ -578,6 +698,88 @@ def test_any_batch_and_length():
         mask = torch.ones(batch, length, dtype=torch.int64)
         given = {"x": torch.randn(batch, length, WIDTH, dtype=torch.float64), "mask": mask}
         torch.testing.assert_close(run(after, given), run(before, given), rtol=1e-12, atol=1e-12)
+
+
+class AnyWindows(nn.Module):
+    """Windows of any number of images, with a bias of the heads and a mask of the windows."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.bias = nn.Parameter(torch.randn(HEADS, LENGTH, LENGTH))
+
+    def forward(self, x, mask):
+        images, windows, length, _ = x.shape
+        x = x.reshape(images * windows, length, WIDTH)
+        q, k, v = (
+            part(x).view(x.shape[0], length, HEADS, FEATURES).transpose(1, 2)
+            for part in (self.q, self.k, self.v)
+        )
+        scores = q @ k.transpose(2, 3) * 0.5 + self.bias[:, :length, :length]
+        scores = scores.view(x.shape[0] // windows, windows, HEADS, length, length)
+        scores = (scores + mask[:, None]).view(-1, HEADS, length, length)
+        return (scores.softmax(-1) @ v).transpose(1, 2).reshape(images, windows, length, WIDTH)
+
+
+def test_any_number_of_windows():
+    torch.manual_seed(0)
+    mask = torch.zeros(4, LENGTH, LENGTH, dtype=torch.float64)
+    mask[1, :, 2:], mask[2, 0, 1:] = -torch.inf, LEAST
+    given = {"x": torch.randn(2, 4, LENGTH, WIDTH, dtype=torch.float64), "mask": mask}
+    before = prepared(AnyWindows().double(), given, dynamic=True)
+    (x,) = (node for node in before.graph.nodes if node.name == "x")
+    assert isinstance(x.meta["val"].shape[0], torch.SymInt)
+    after = copy_of(before)
+    (result,) = run_passes(after, PassContext(), (raise_attention,))
+    assert (result.changes, result.near_misses) == (1, [])
+    for images in (1, 3):
+        given["x"] = torch.randn(images, 4, LENGTH, WIDTH, dtype=torch.float64)
+        was, now = run(before, given)[0], run(after, given)[0]
+        seed = torch.randn_like(was)
+        once, again = (relevance(graph, given, seed)["x"] for graph in (before, after))
+        torch.testing.assert_close(now, was, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(again, once, rtol=1e-9, atol=1e-9)
+
+
+class AnyDistance(nn.Module):
+    """A bias learned for each distance, computed from the length."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.distances = nn.Embedding(8, HEADS)
+
+    def forward(self, x, mask):
+        batch, length, _ = x.shape
+        q, k, v = (
+            part(x).view(batch, length, HEADS, FEATURES).transpose(1, 2)
+            for part in (self.q, self.k, self.v)
+        )
+        places = torch.arange(length)
+        distance = (places[:, None] - places).abs().clamp(max=7)
+        scores = q @ k.transpose(2, 3) + self.distances(distance).permute(2, 0, 1)[None]
+        scores = scores + (1.0 - mask[:, None, None].to(x.dtype)) * torch.finfo(x.dtype).min
+        return (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, WIDTH)
+
+
+@pytest.mark.parametrize("composite", ["attnlrp", "cp-lrp", "gradient"])
+def test_any_distance(composite):
+    """Other batches and lengths, rows masked in part, and throughout where nothing is explained."""
+    torch.manual_seed(0)
+    before = prepared(AnyDistance().double(), example(), dynamic=True)
+    after = copy_of(before)
+    (result,) = run_passes(after, PassContext(), (raise_attention,))
+    assert (result.changes, result.near_misses) == (1, [])
+    context = PassContext(composite=COMPOSITES[composite])
+    for batch, length in ((1, 2), (4, 9)):
+        mask = torch.ones(batch, length, dtype=torch.int64)
+        mask[-1, 1:], mask[0] = 0, int(batch == 1)
+        given = {"x": torch.randn(batch, length, WIDTH, dtype=torch.float64), "mask": mask}
+        was, now = run(before, given)[0], run(after, given)[0]
+        seed = torch.randn_like(was) * mask.any(-1)[:, None, None]
+        once, again = (relevance(graph, given, seed, context)["x"] for graph in (before, after))
+        torch.testing.assert_close(now, was, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(again, once, rtol=1e-9, atol=1e-9)
 
 
 LIBRARY = {
