@@ -26,7 +26,7 @@ from attnlrp_fx.partition import SEED, hoist, split
 from attnlrp_fx.provenance import describe
 from attnlrp_fx.regions import computed
 from attnlrp_fx.tape import Channel, Received, Tape
-from attnlrp_fx.torch_private import fake_mode_of
+from attnlrp_fx.torch_private import fake_mode_of, fresh
 
 
 class Port(NamedTuple):
@@ -136,7 +136,8 @@ def emit(
 
     with mode, torch.no_grad():
         fakes = {
-            name: mode.from_tensor(value, static_shapes=True).to(options.device)
+            # One tensor under two names is two inputs: another region has two tensors there.
+            name: fresh(mode.from_tensor(value, static_shapes=True)).to(options.device)
             for name, value in attributes.items()
         }
         inputs = [_on(node.meta["val"], options.device) for node in placeholders]

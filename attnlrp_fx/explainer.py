@@ -1,12 +1,13 @@
 """The explainable graph module: one compiled program, many explanations."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from attnlrp_fx import ops
@@ -20,6 +21,8 @@ from attnlrp_fx.composites import Composite, composite_named
 from attnlrp_fx.cost import Cost, schedule_cost
 from attnlrp_fx.errors import InputError, TargetError
 from attnlrp_fx.explanation import Explanation
+from attnlrp_fx.explanations import Explanations
+from attnlrp_fx.generation import explain_generation
 from attnlrp_fx.heads import head_of
 from attnlrp_fx.heatmap import Normalisation
 from attnlrp_fx.labels import Labels
@@ -32,7 +35,17 @@ from attnlrp_fx.report import Compilation, Report
 from attnlrp_fx.rewriting import Rewriting, rewrite
 from attnlrp_fx.schedule import Keeping, Read, Schedule, Step, Values, schedule
 from attnlrp_fx.tape import Channel
-from attnlrp_fx.targets import Chosen, Outputs, Seed, Target, TargetLike, as_target
+from attnlrp_fx.targets import (
+    Chosen,
+    Outputs,
+    Seed,
+    Target,
+    TargetLike,
+    TargetsLike,
+    as_target,
+    default_scores,
+    targets_of,
+)
 
 Stage = Callable[[str], None]
 Seeds = dict[int, Any]
@@ -57,6 +70,27 @@ class ExplainerOptions:
     """What explanations undo to show an image."""
     on_stage: Stage | None = None
     """Told what is being done, for progress displays."""
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A forward pass that has been run, from which any number of targets can be explained."""
+
+    compiled: "_Compiled"
+    attributes: Mapping[str, Tensor]
+    given: dict[str, Tensor]
+    flat: list[Any]
+    """The flat outputs."""
+    values: Values
+    """The slots, with what relevance needs."""
+
+
+class _OtherOutputs(Exception):
+    """A target reads outputs that the program has no seeds for."""
+
+    def __init__(self, seeded: Iterable[int]) -> None:
+        super().__init__()
+        self.seeded = seeded
 
 
 @dataclass(frozen=True)
@@ -166,45 +200,99 @@ class ExplainableGraphModule(nn.Module):
     def forward(
         self,
         *args: Any,
-        target: TargetLike = None,
+        target: TargetsLike = None,
         check_finite: bool = False,
         **inputs: Any,
-    ) -> Explanation:
+    ) -> Explanation | Explanations:
         """Explain a batch.
 
         Args:
             *args: a mapping of inputs, or tensors in the order of the model's arguments, instead
                 of keywords.
             target: what to explain, a `Logit`, `Contrast`, `LogProb`, an index, or a function of
-                the model's outputs that returns (batch,); None: the compiled default.
+                the model's outputs that returns (batch,); None: the compiled default. Several in a
+                list, or by an index or position (batch, M), share one forward pass.
             check_finite: look for NaN and infinity in inputs, outputs and relevance, and name the
                 first node where one arises.
             **inputs: the model's inputs by name, with the dtypes it was compiled with; batch and
                 sequence of any size.
 
         Returns:
-            Relevance of every explained input, the model's outputs and the explained values.
+            Relevance of every explained input, the model's outputs and the explained values; of
+            several targets, a sequence of explanations.
 
         Raises:
             InputError: the inputs do not fit.
             TargetError: the outputs do not have the target.
             NonFiniteError: only with check_finite.
         """
-        wanted = self._target if target is None else as_target(target)
         device = self._attributes.device()
         if device.type == "meta" and (check_finite or self._options.audit):
             raise InputError(
                 "the model is on the meta device: there are no values to add up or to check",
                 remedy='give it values: model.to_empty(device="cpu"), then load_state_dict',
             )
-        values = self._checks.ordered(self._named(args, inputs), device)
-        given = dict(zip(self._checks.examples, values, strict=True))
+        targets, are_several = targets_of(target, self._target)
+        given = self._given(args, inputs)
         with torch.inference_mode(False), torch.no_grad():
-            explanation, seeds, flat = self._explain(wanted, given, device)
-        if check_finite:
-            dense = {i: _dense(seed, flat[i]) for i, seed in seeds.items()}
+            found, seeds, forward = self._explain(targets, given, given)
+        for each in seeds if check_finite else ():
+            dense = {i: _dense(seed, forward.flat[i]) for i, seed in each.items()}
             find_non_finite(self.rewritten, self._attributes.values(device), given, dense)
-        return explanation
+        return Explanations(tuple(found)) if are_several else found[0]
+
+    def explain_many(
+        self,
+        targets: Sequence[Target],
+        inputs: Mapping[str, Tensor],
+        whole: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Explanations, Any]:
+        """Explain a batch, or a prefix of it, for several targets; see `Explains`."""
+        given = self._given((inputs,), {})
+        shown = given if whole is None else dict(self._given((whole,), {}))
+        with torch.inference_mode(False), torch.no_grad():
+            found, _, forward = self._explain(targets, given, shown)
+        scores = default_scores(self._outputs(forward.flat, given))
+        return Explanations(tuple(found)), scores
+
+    def explain_generation(
+        self,
+        *args: Any,
+        start: int,
+        sequence: str | None = None,
+        chunk: int = 16,
+        **inputs: Any,
+    ) -> Explanations:
+        """Explain every token of a text from a position on, as predicted by those before it.
+
+        Targets are taken in chunks, each on the text up to its last target, which is as good as
+        the whole text for a causal model, and cheaper; a model that looks ahead is noticed.
+
+        Args:
+            *args: as in a call: a whole text, the prompt and what was generated.
+            start: the first token to explain: the length of the prompt; 1 or more.
+            sequence: the input whose tokens are predicted, (batch, length); None:
+                "decoder_input_ids" if there is one, or else "input_ids".
+            chunk: how many targets share a run of the model.
+            **inputs: as in a call.
+
+        Returns:
+            One explanation a token; `relevance` (batch, length − start, length), zero for what
+            lies at or behind the token. `outputs` are None.
+
+        Raises:
+            InputError: the inputs do not fit, there is nothing to explain, or the model does not
+                return logits for every position.
+        """
+        return explain_generation(self, self._given(args, inputs), start, sequence, chunk)
+
+    def lengths_like(self, name: str) -> tuple[str, ...]:
+        """The inputs whose second dimension is that of an input, if it is dynamic."""
+        length = self._checks.examples[name].shape[1]
+        if is_concrete_int(length):
+            return ()
+        examples = self._checks.examples.items()
+        return tuple(n for n, v in examples if v.dim() > 1 and str(v.shape[1]) == str(length))
 
     def map(
         self,
@@ -293,8 +381,7 @@ class ExplainableGraphModule(nn.Module):
             TargetError: the outputs do not have the target.
         """
         device = self._attributes.device()
-        values = self._checks.ordered(self._named(args, inputs), device)
-        given = dict(zip(self._checks.examples, values, strict=True))
+        given = self._given(args, inputs)
         sources = {n.kwargs["name"] for n in self.rewritten.graph.nodes if n.target is ops.source}
         for name in keep or {}:
             if name not in sources:
@@ -305,7 +392,7 @@ class ExplainableGraphModule(nn.Module):
         moved = device if device != self._captured_device else None
         with torch.no_grad():
             attributes = self._attributes.values(device)
-            flat = Masked(self.rewritten, keep or {}, attributes, moved).run(*values)
+            flat = Masked(self.rewritten, keep or {}, attributes, moved).run(*given.values())
             wanted = self._target if target is None else as_target(target)
             return wanted.choose(self._outputs(flat, given)).value
 
@@ -375,39 +462,70 @@ class ExplainableGraphModule(nn.Module):
         return schedule_cost(found, given)
 
     def _explain(
-        self, target: Target, given: dict[str, Tensor], device: torch.device
-    ) -> tuple[Explanation, Seeds, list[Any]]:
-        """The explanation, the seeds by flat output, and the flat outputs."""
-        seeded = self._seeded.get(_kind(target)) or self._default_seeds()
+        self, targets: Sequence[Target], given: dict[str, Tensor], whole: Mapping[str, Tensor]
+    ) -> tuple[list[Explanation], list[Seeds], _Forward]:
+        """The explanation for each target, its seeds, and the one forward pass.
+
+        `whole` are the inputs to show, of which those given may be a prefix.
+        """
+        device = self._attributes.device()
+        seeded = self._seeded.get(_kinds(targets)) or self._default_seeds()
+        forward = self._run_forward(seeded, given, device)
+        try:
+            found = [
+                self._explain_one(forward, target, whole, last=number == len(targets))
+                for number, target in enumerate(targets, 1)
+            ]
+        except _OtherOutputs as other:
+            self._seeded[_kinds(targets)] = tuple(sorted({*seeded, *other.seeded}))
+            return self._explain(targets, given, whole)
+        return [one for one, _ in found], [seeds for _, seeds in found], forward
+
+    def _run_forward(
+        self, seeded: tuple[int, ...], given: dict[str, Tensor], device: torch.device
+    ) -> _Forward:
         compiled = self._compiled(seeded, device)
         attributes = self._attributes.values(device)
         self._attributes.check_dtypes(attributes)
         values = compiled.start(attributes, given)
         flat = compiled.schedule.run_forward(values, compiled.run)
-        chosen, seeds = self._seed(target, flat, given)
-        if not seeds.keys() <= set(seeded):
-            self._seeded[_kind(target)] = tuple(sorted(seeds))
-            return self._explain(target, given, device)
-        entering = self._entering(compiled.schedule, seeds, flat, attributes)
-        read = compiled.schedule.run_relevance(values, entering, compiled.run)
-        relevance = read.relevance
+        return _Forward(compiled, attributes, given, flat, values)
+
+    def _explain_one(
+        self, forward: _Forward, target: Target, whole: Mapping[str, Tensor], last: bool
+    ) -> tuple[Explanation, Seeds]:
+        """One target's explanation; the last one's leaves nothing for another."""
+        made, flat = forward.compiled.schedule, forward.flat
+        chosen, seeds = self._seed(target, flat, forward.given)
+        if not seeds.keys() <= made.seeded.keys():
+            raise _OtherOutputs(seeds)
+        values = forward.values if last else forward.values.copy()
+        entering = self._entering(made, seeds, flat, forward.attributes)
+        read = made.run_relevance(values, entering, forward.compiled.run)
+        relevance = {n: _padded(r, whole[n]) for n, r in read.relevance.items()}
         ledger = self._ledger(read, chosen, flat, seeds) if self._options.audit else None
         labels = self._options.labels
-        classes, is_token = self._classes(flat, seeded)
+        shown = dict(whole)
+        classes, is_token = self._classes(flat, made.seeded)
         explanation = Explanation(
-            relevance={name: relevance[name] for name in given if name in relevance},
+            relevance={name: relevance[name] for name in shown if name in relevance},
             outputs=pytree.tree_unflatten(list(flat), self._convention.output_spec),
             target_value=chosen.value.detach(),
             target=str(target),
-            inputs=given,
-            tokens=labels.tokens(given, relevance),
-            mask=labels.masks(given, relevance),
+            inputs=shown,
+            tokens=labels.tokens(shown, relevance),
+            mask=labels.masks(shown, relevance),
             ledger=ledger,
             labels=labels.of_index(chosen.index, classes, is_token),
             target_index=chosen.index,
             normalisation=self._options.normalisation,
         )
-        return explanation, seeds, flat
+        return explanation, seeds
+
+    def _given(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Inputs by placeholder name, checked, where the model is."""
+        values = self._checks.ordered(self._named(args, inputs), self._attributes.device())
+        return dict(zip(self._checks.examples, values, strict=True))
 
     def _named(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs by placeholder name: keywords, one mapping, or positional tensors."""
@@ -490,7 +608,7 @@ class ExplainableGraphModule(nn.Module):
 
     def _default_seeds(self) -> tuple[int, ...]:
         """The outputs that the default target reads, found on the example's outputs."""
-        kind = _kind(self._target)
+        kind = _kinds([self._target])
         if kind not in self._seeded:
             example = self._convention.example
             with torch.no_grad():
@@ -558,9 +676,9 @@ class ExplainableGraphModule(nn.Module):
             keep_derived=self._options.derived_weights == "keep",
         )
 
-    def _classes(self, flat: Sequence[Any], seeded: Sequence[int]) -> tuple[int, bool]:
+    def _classes(self, flat: Sequence[Any], seeded: Iterable[int]) -> tuple[int, bool]:
         """How many classes the explained output has, and whether they are tokens."""
-        output = flat[seeded[0]]
+        output = flat[next(iter(seeded))]
         return output.shape[-1], output.dim() == 3 or output.shape[-1] > 1000
 
     def _ledger(self, read: Read, chosen: Chosen, flat: Sequence[Tensor], seeds: Seeds) -> Ledger:
@@ -586,6 +704,18 @@ def _kind(target: Target) -> tuple[Any, ...]:
         getattr(target, "index", None) is None,
         getattr(target, "function", None),
     )
+
+
+def _kinds(targets: Sequence[Target]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(_kind(target) for target in targets))
+
+
+def _padded(relevance: Tensor, whole: Tensor) -> Tensor:
+    """Relevance of a prefix as that of the whole, which is zero behind."""
+    rest = whole.shape[1] - relevance.shape[1] if relevance.dim() > 1 else 0
+    if not rest:
+        return relevance
+    return torch.nn.functional.pad(relevance, [0, 0] * (relevance.dim() - 2) + [0, rest])
 
 
 def _is_floating(value: Any) -> bool:

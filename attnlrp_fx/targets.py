@@ -6,7 +6,7 @@ compiled: another index, position or kind of target runs the same program.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from attnlrp_fx.errors import TargetError
 
 Index = int | Sequence[int] | Tensor | None
+"""One number for all rows, one per row, or, in a tensor (batch, M), one per row and target."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,35 @@ class Custom:
 
 
 TargetLike = Target | Callable[[Any], Tensor] | int | None
+TargetsLike = TargetLike | Sequence[TargetLike]
+"""One target, or several of which each is explained."""
+
+
+def targets_of(target: TargetsLike, default: Target) -> tuple[list[Target], bool]:
+    """The targets, and whether several were asked for: in a list, or by a (batch, M) tensor.
+
+    Raises:
+        TargetError: one of them is none, or index and position do not have the same M.
+    """
+    if isinstance(target, list | tuple):
+        return [as_target(one) for one in target], True
+    one: Any = default if target is None else as_target(target)  # type: ignore[arg-type]
+    columns = {
+        name: value
+        for name in ("index", "position")
+        if isinstance(value := getattr(one, name, None), Tensor) and value.dim() == 2
+    }
+    counts = {value.shape[1] for value in columns.values()}
+    if not is_dataclass(one) or not columns:
+        return [one], False
+    if len(counts) != 1:
+        shapes = ", ".join(f"{name} {tuple(v.shape)}" for name, v in columns.items())
+        raise TargetError(
+            f"index and position are of unlike numbers of targets: {shapes}",
+            remedy="give both as (batch, M), or one of them for all",
+        )
+    each = [{n: v[:, m] for n, v in columns.items()} for m in range(counts.pop())]
+    return [as_target(replace(one, **column)) for column in each], True  # type: ignore[arg-type]
 
 
 def as_target(target: TargetLike) -> Target:
@@ -270,7 +300,7 @@ def _scores(outputs: Outputs, name: str | None, position: Index) -> _Scores:
     """
     named = outputs.named
     if name is None:
-        name = "logits" if "logits" in named else next(iter(named), None)
+        name = _default_output(outputs)
     if name is None or name not in named:
         raise TargetError(
             f"the model has no floating output '{name}'",
@@ -296,6 +326,16 @@ def _scores(outputs: Outputs, name: str | None, position: Index) -> _Scores:
         scores = scores.flatten(1)
     values = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return _Scores(values, name, where)
+
+
+def _default_output(outputs: Outputs) -> str | None:
+    return "logits" if "logits" in outputs.named else next(iter(outputs.named), None)
+
+
+def default_scores(outputs: Outputs) -> Tensor | None:
+    """The output that a target reads which names none."""
+    name = _default_output(outputs)
+    return None if name is None else outputs.named[name]
 
 
 def _positions(position: Index, scores: Tensor, outputs: Outputs) -> Tensor:
