@@ -477,7 +477,8 @@ class ExplainableGraphModule(nn.Module):
                 for number, target in enumerate(targets, 1)
             ]
         except _OtherOutputs as other:
-            self._seeded[_kinds(targets)] = tuple(sorted({*seeded, *other.seeded}))
+            known = self._seeded.get(_kinds(targets), ())
+            self._seeded[_kinds(targets)] = tuple(sorted({*known, *other.seeded}))
             return self._explain(targets, given, whole)
         return [one for one, _ in found], [seeds for _, seeds in found], forward
 

@@ -6,7 +6,7 @@ compiled: another index, position or kind of target runs the same program.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -235,7 +235,9 @@ def targets_of(target: TargetsLike, default: Target) -> tuple[list[Target], bool
             remedy="give both as (batch, M), or one of them for all",
         )
     each = [{n: v[:, m] for n, v in columns.items()} for m in range(counts.pop())]
-    return [as_target(replace(one, **column)) for column in each], True  # type: ignore[arg-type]
+    made: Any = type(one)
+    fixed = {f.name: getattr(one, f.name) for f in fields(one)}
+    return [made(**fixed | column) for column in each], True
 
 
 def as_target(target: TargetLike) -> Target:
