@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnlrp_fx.comparison import Comparison
-    from attnlrp_fx.compiler import compile, explain, explain_image
+    from attnlrp_fx.compiler import compile, explain, explain_generation, explain_image
     from attnlrp_fx.composites import COMPOSITES, Composite, Match, epsilon_gamma_box
     from attnlrp_fx.errors import (
         AttnLRPError,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from attnlrp_fx.explainer import ExplainableGraphModule
     from attnlrp_fx.explanation import Explanation
+    from attnlrp_fx.explanations import Explanations
     from attnlrp_fx.faithfulness import Curves, Perturbation, perturbation_curves
     from attnlrp_fx.heatmap.display import Display
     from attnlrp_fx.ledger import Ledger
@@ -77,6 +78,7 @@ __all__ = [
     "ExplainableGraphModule",
     "Explained",
     "Explanation",
+    "Explanations",
     "Flat",
     "Gamma",
     "Gradient",
@@ -108,6 +110,7 @@ __all__ = [
     "compile",
     "epsilon_gamma_box",
     "explain",
+    "explain_generation",
     "explain_image",
     "perturbation_curves",
     "tune",
@@ -115,7 +118,7 @@ __all__ = [
 
 _HOMES = {
     "comparison": ("Comparison",),
-    "compiler": ("compile", "explain", "explain_image"),
+    "compiler": ("compile", "explain", "explain_generation", "explain_image"),
     "composites": ("COMPOSITES", "Composite", "Match", "epsilon_gamma_box"),
     "errors": (
         "AttnLRPError",
@@ -131,6 +134,7 @@ _HOMES = {
     ),
     "explainer": ("ExplainableGraphModule",),
     "explanation": ("Explanation",),
+    "explanations": ("Explanations",),
     "faithfulness": ("Curves", "Perturbation", "perturbation_curves"),
     "heatmap.display": ("Display",),
     "ledger": ("Ledger",),

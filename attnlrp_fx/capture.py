@@ -50,6 +50,8 @@ class Captured:
     """Name of each flat output: "logits", "hidden_states.0", ..."""
     example: dict[str, Tensor]
     """The example inputs that were captured, by placeholder: the argument's name, and its path."""
+    given: dict[str, Tensor] = field(default_factory=dict)
+    """The example inputs as they were given: a single row is captured as two."""
     constants: dict[str, Any] = field(default_factory=dict)
     """Inputs that are part of the graph: no tensors, or held at the example's values."""
     notes: tuple[str, ...] = ()
@@ -82,7 +84,8 @@ def capture(
                 remedy="export it again, or load it with its example inputs",
             )
         args, kwargs = model.example_inputs
-        return _captured(model, [*pytree.tree_leaves(args), *pytree.tree_leaves(kwargs)], {}, ())
+        leaves = [*pytree.tree_leaves(args), *pytree.tree_leaves(kwargs)]
+        return _captured(model, leaves, leaves, {}, ())
     containers = (nn.ModuleList, nn.ModuleDict)  # never called, and new in every slice
     parts = [(n, m) for n, m in model.named_modules() if not isinstance(m, containers)]
     training = [name or "the model" for name, part in parts if part.training]
@@ -109,7 +112,9 @@ def capture(
             for name in own
         )
         constants = {k: v for k, v in example.items() if not _has_tensors(v)} | held
-        return _captured(exported, pytree.tree_leaves(example), constants, notes)
+        given = {name: None if value is None else named[name] for name, value in example.items()}
+        leaves, given_leaves = pytree.tree_leaves(example), pytree.tree_leaves(given)
+        return _captured(exported, leaves, given_leaves, constants, notes)
 
 
 def _export_known(
@@ -310,6 +315,7 @@ def _auto_shapes(inputs: dict[str, Any], dynamic: Sequence[int] | None = None) -
 def _captured(
     exported: ExportedProgram,
     example: Sequence[Any],
+    given: Sequence[Any],
     constants: dict[str, Any],
     notes: tuple[str, ...],
 ) -> Captured:
@@ -322,9 +328,11 @@ def _captured(
     outputs = outputs_of(graph_module.graph)
     output_names = _paths(pytree.tree_unflatten(list(range(len(outputs))), out_spec))
     notes += _static_notes(graph_module)
-    tensors = (leaf for leaf in example if isinstance(leaf, Tensor))
-    given = dict(zip(names, tensors, strict=True))
-    return Captured(graph_module, out_spec, output_names, given, constants, notes)
+    captured, asked = (
+        dict(zip(names, (leaf for leaf in leaves if isinstance(leaf, Tensor)), strict=True))
+        for leaves in (example, given)
+    )
+    return Captured(graph_module, out_spec, output_names, captured, asked, constants, notes)
 
 
 def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Every size is computed once, from the inputs' sizes, so that no value is kept fo
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from attnlrp_fx.errors import AttnLRPError, RuleError
 from attnlrp_fx.functionalise import relax_views
 from attnlrp_fx.operators import aten, is_op, outputs_of, placeholders_of
-from attnlrp_fx.partition import SEED, hoist, split
+from attnlrp_fx.partition import SEED, Keeping, hoist, split
 from attnlrp_fx.provenance import describe
 from attnlrp_fx.regions import computed
 from attnlrp_fx.tape import Channel, Received, Tape
@@ -57,6 +57,8 @@ class Program:
     """What inputs have received when it ends; of the model's inputs, their relevance."""
     audited: tuple[int, ...]
     """The nodes whose sums it returns, by their places in the graph; empty unless audited."""
+    rest: fx.GraphModule
+    """The whole, without what is derived from attributes alone."""
     forward: fx.GraphModule
     relevance: fx.GraphModule
     derived: fx.GraphModule | None
@@ -67,6 +69,11 @@ class Program:
         """The derived values' sizes and dtypes, by what both sides call them."""
         values = outputs_of(self.derived.graph) if self.derived is not None else []
         return {f"derived:{node.name}": node.meta["val"] for node in values}
+
+    def keeping(self, keeping: Keeping) -> "Program":
+        """The same, cut in two so that the forward side keeps as much as asked for."""
+        forward, relevance = split(self.rest, self.outputs, keeping)
+        return replace(self, forward=forward, relevance=relevance)
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,8 @@ class EmitOptions:
     """Where the model was captured; constants created there move along."""
     audit: bool = False
     """Whether the program also returns the ledger's sums."""
-    recompute: bool = True
-    """Whether the relevance side may compute cheap values again, see `split`."""
+    keeping: Keeping = field(default_factory=Keeping)
+    """What the forward side keeps for the relevance side."""
     keep_derived: bool = False
     """Whether what depends on parameters alone is taken out of both sides."""
 
@@ -156,7 +163,7 @@ def emit(
     _clean(traced)
     _check_pure(traced)
     rest, derived = hoist(traced) if options.keep_derived else (traced, None)
-    forward, relevance = split(rest, len(outputs), options.recompute)
+    forward, relevance = split(rest, len(outputs), options.keeping)
     return Program(
         graph_module=traced,
         attributes=tuple(attributes),
@@ -164,6 +171,7 @@ def emit(
         seeds=tuple(seeds),
         outputs=len(outputs),
         received=tuple(received),
+        rest=rest,
         audited=tuple(i for i, node in enumerate(computed(graph)) if node.name in audited),
         forward=forward,
         relevance=relevance,

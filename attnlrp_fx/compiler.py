@@ -1,11 +1,11 @@
-"""`compile` and `explain`: from a model to an explainable graph module."""
+"""`compile`, `explain` and the like: from a model to an explainable graph module."""
 
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from attnlrp_fx.backends import Backend, backend_named
@@ -14,8 +14,10 @@ from attnlrp_fx.composites import Composite, composite_named
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.explainer import ExplainableGraphModule, ExplainerOptions, Stage
 from attnlrp_fx.explanation import Explanation
+from attnlrp_fx.explanations import Explanations
 from attnlrp_fx.heatmap import Normalisation
 from attnlrp_fx.labels import Labels
+from attnlrp_fx.memory import Memory, check_memory
 from attnlrp_fx.passes import PIPELINE, Pass, PassContext
 from attnlrp_fx.rewriting import rewrite
 from attnlrp_fx.targets import TargetLike, as_target
@@ -33,6 +35,7 @@ def compile(
     positions: bool = False,
     audit: bool = False,
     derived_weights: str = "recompute",
+    memory: Memory = "fast",
     regions: bool = True,
     fallback: str = "error",
     tokenizer: Any = None,
@@ -62,6 +65,9 @@ def compile(
         derived_weights: what becomes of values made of parameters alone, as |W| under a γ rule:
             "recompute" at every explanation, or "keep", which is faster and takes the memory that
             the report states; see `ExplainableGraphModule.refresh`.
+        memory: how much of the forward pass is kept for relevance: "fast"; "small" computes each
+            block again when relevance reaches it; "balanced"; or a budget in bytes for inputs of
+            the example's sizes, parameters apart. The report has the predicted peak.
         regions: whether repeated blocks are found and each distinct one is compiled once, so that
             compiling takes no longer for a deeper model; otherwise everything is one program.
         fallback: what becomes of an op that no rule claims: "error", or "gradient" to use the
@@ -96,6 +102,7 @@ def compile(
         raise InputError(
             f"derived_weights is '{derived_weights}'", remedy="use 'recompute' or 'keep'"
         )
+    check_memory(memory)
     normalisation = None if processor is None else Normalisation.of(processor)
     stage("capturing the model")
     start = time.perf_counter()
@@ -112,6 +119,7 @@ def compile(
         target=as_target(target),
         audit=audit,
         derived_weights=derived_weights,
+        memory=memory,
         regions=regions,
         labels=Labels(tokenizer, getattr(getattr(model, "config", None), "id2label", None)),
         normalisation=normalisation,
@@ -162,6 +170,116 @@ def explain(
     )
     explanation: Explanation = explainer(inputs)
     return explanation
+
+
+def explain_generation(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | Mapping[str, Tensor],
+    *,
+    max_new_tokens: int = 20,
+    generate: Mapping[str, Any] | None = None,
+    chunk: int = 16,
+    composite: str | Composite = "attnlrp",
+    backend: str | Backend = "eager",
+    **options: Any,
+) -> Explanations:
+    """Let a language model continue a text, and explain every token that it wrote, in one line.
+
+    Token t is explained by its logit at position t − 1, whose relevance lies on the tokens before
+    it (of an encoder-decoder, on the source as well). Compiles the model for this one call; to
+    explain more, keep what `compile` returns, and call its `explain_generation`.
+
+    Args:
+        model: a transformers language model in evaluation mode, decoder-only or encoder-decoder.
+        tokenizer: its tokenizer.
+        prompt: a text, or what the tokenizer made of one (of a chat, by `apply_chat_template`).
+        max_new_tokens: how many tokens are written at most; fewer if the model ends its text.
+        generate: what else `model.generate` takes, as ``{"do_sample": True}``; it is greedy
+            otherwise.
+        chunk: how many tokens share a run of the model.
+        composite: as in `compile`.
+        backend: as in `compile`; "eager" is ready at once.
+        **options: anything else that `compile` takes.
+
+    Returns:
+        One explanation a token written, the end of the text included: `target_index` is the token,
+        `labels` its text, and `relevance` (1, tokens written, length) of the whole text, zero at
+        and behind the token.
+
+    Raises:
+        InputError: the prompt is empty or not one row, or the model cannot write, or wrote nothing.
+        CaptureError: the model cannot be captured.
+        RuleError: no rule claims an op.
+
+    Example:
+        >>> import torch, attnlrp_fx
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, eos_token_id=None)
+        >>> prompt = {"input_ids": torch.tensor([[5, 2, 7]])}
+        >>> written = attnlrp_fx.explain_generation(
+        ...     GPT2LMHeadModel(config).eval(), None, prompt, max_new_tokens=4
+        ... )
+        >>> written.relevance["input_ids"].shape
+        torch.Size([1, 4, 7])
+    """
+    inputs = tokenize(tokenizer, prompt) if isinstance(prompt, str) else dict(prompt)
+    inputs, start = _written(model, inputs, {"max_new_tokens": max_new_tokens, **(generate or {})})
+    sequence = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    several = inputs[sequence].shape[1] - start > chunk
+    options = {"dynamic_shapes": "auto" if several else None, **options}
+    explainer = compile(
+        model, inputs, composite=composite, backend=backend, tokenizer=tokenizer, **options
+    )
+    return explainer.explain_generation(inputs, start=start, sequence=sequence, chunk=chunk)
+
+
+def _written(
+    model: Any, prompt: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[dict[str, Any], int]:
+    """The inputs with what a model writes, and the position of the first token of that.
+
+    Raises:
+        InputError: it cannot, or wrote nothing.
+    """
+    ids = prompt.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1 or not ids.numel():
+        shape = tuple(ids.shape) if isinstance(ids, Tensor) else "missing"
+        raise InputError(
+            f"the prompt's input_ids are {shape}, not (1, length)",
+            remedy='pass one text, or what a tokenizer makes of it with return_tensors="pt"',
+        )
+    if not hasattr(model, "generate"):
+        raise InputError(
+            f"a {type(model).__name__} does not generate text",
+            remedy="load the model as a language model, with AutoModelForCausalLM, say",
+        )
+    inputs = {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in prompt.items()}
+    try:
+        found = model.generate(**inputs, **{"do_sample": False, "num_beams": 1, **options})
+    except (IndexError, TypeError, ValueError) as error:
+        raise InputError(
+            "the model could not generate", why=" ".join(str(error).split())
+        ) from error
+    written: Tensor = getattr(found, "sequences", found)
+    if len(written) != 1:
+        raise InputError(f"the model wrote {len(written)} texts", remedy="let it return one")
+    decoding = bool(getattr(model.config, "is_encoder_decoder", False))
+    given = inputs.get("decoder_input_ids", written[:, :1]) if decoding else inputs["input_ids"]
+    start = given.shape[1]
+    if not torch.equal(written[:, :start], given):  # the decoder's first token was put before it
+        start += 1
+    new = written.shape[1] - start
+    if new < 1:
+        raise InputError(
+            "the model wrote nothing", why="its text ended with the prompt", remedy="extend it"
+        )
+    if decoding:
+        return {**inputs, "decoder_input_ids": written}, start
+    # The mask, token types and the like go on as they end.
+    alike = {n: v for n, v in inputs.items() if isinstance(v, Tensor) and v.shape == given.shape}
+    longer = {n: torch.cat([v, v[:, -1:].expand(-1, new)], 1) for n, v in alike.items()}
+    return {**inputs, **longer, "input_ids": written}, start
 
 
 def explain_image(

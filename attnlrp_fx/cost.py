@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
-from attnlrp_fx.operators import aten, packet, placeholders_of
+from attnlrp_fx.flops import FORMULAS
+from attnlrp_fx.operators import packet, placeholders_of
 from attnlrp_fx.schedule import Schedule, Step, Values
 from attnlrp_fx.torch_private import new_fake_mode, storage_of
 
@@ -203,27 +204,3 @@ def _beside(sizes: Mapping[int, int], others: Mapping[int, int]) -> int:
 def _like(value: Tensor, device: torch.device) -> Tensor:
     sizes, strides = [[int(n) for n in numbers] for numbers in (value.shape, value.stride())]
     return torch.empty_strided(sizes, strides, dtype=value.dtype, device=device)
-
-
-def _grouped_flops(x: Any, weight: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    """Each row of (S, in) times one of the matrices (E, in, out)."""
-    return 2 * int(x[0]) * int(weight[-2]) * int(weight[-1])
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-
-def _attention_backward_flops(
-    c: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
-) -> int:
-    return int(sdpa_backward_flop_count(c, query, key, value))  # type: ignore[no-untyped-call]
-
-
-FORMULAS: dict[Any, Any] = {
-    aten._grouped_mm: _grouped_flops,
-    "transformers::grouped_mm_fallback": _grouped_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
-"""The operations of ops that PyTorch's counter does not know, from their arguments' shapes."""

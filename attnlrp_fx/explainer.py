@@ -29,11 +29,13 @@ from attnlrp_fx.labels import Labels
 from attnlrp_fx.ledger import Ledger, read_ledger
 from attnlrp_fx.mapping import Mapped, map_dataset
 from attnlrp_fx.masking import Masked
+from attnlrp_fx.memory import Memory, planned
 from attnlrp_fx.operators import outputs_of, placeholders_of
+from attnlrp_fx.partition import Keeping
 from attnlrp_fx.regions import regions_of
 from attnlrp_fx.report import Compilation, Report
 from attnlrp_fx.rewriting import Rewriting, rewrite
-from attnlrp_fx.schedule import Keeping, Read, Schedule, Step, Values, schedule
+from attnlrp_fx.schedule import Derivation, Read, Schedule, Step, Values, schedule
 from attnlrp_fx.tape import Channel
 from attnlrp_fx.targets import (
     Chosen,
@@ -63,6 +65,8 @@ class ExplainerOptions:
     """Whether programs return the ledger."""
     derived_weights: str = "recompute"
     """What becomes of values made of parameters alone: "recompute" or "keep"."""
+    memory: Memory = "fast"
+    """How much of the forward side is kept for the relevance side."""
     regions: bool = True
     """Whether repeated blocks are compiled once; otherwise everything is one program."""
     labels: Labels = field(default_factory=Labels)
@@ -627,7 +631,12 @@ class ExplainableGraphModule(nn.Module):
         stage = self._options.on_stage or (lambda text: None)
         stage("tracing the program")
         start = time.perf_counter()
-        made = self._schedule(seeded, device)
+        made, plan = planned(
+            self._schedule(seeded, device),
+            self._options.memory,
+            self._convention.given,
+            self._keeping(),
+        )
         backend = "eager" if device.type == "meta" else self._options.backend
         traced = time.perf_counter()
         stage("compiling the program")
@@ -650,6 +659,7 @@ class ExplainableGraphModule(nn.Module):
                 emit_seconds=traced - start,
                 backend_seconds=time.perf_counter() - traced,
                 derived_bytes=sum(int(v.nbytes) for values in sizes for v in values),
+                memory=plan,
             )
         )
         return _Compiled(made, runnables, derived)
@@ -663,6 +673,18 @@ class ExplainableGraphModule(nn.Module):
         regions = regions_of(self.rewritten, attributes, inside, cut)
         return schedule(self.rewritten, regions, entries, attributes, self._emit_options(device))
 
+    def _keeping(self) -> Keeping:
+        """Run op by op, an elementwise op done twice costs as much again."""
+        sizes = {
+            str(expected): size
+            for name, example in self._checks.examples.items()
+            for expected, size in zip(
+                example.shape, self._convention.given[name].shape, strict=True
+            )
+            if not is_concrete_int(expected)
+        }
+        return Keeping(elementwise=self._options.backend != "eager", sizes=sizes)
+
     def _entry(self, output: fx.Node) -> fx.Node:
         """Where a seed enters: the ledger wants to see the head's part, too."""
         head = None if self._options.audit else head_of(output)
@@ -673,7 +695,7 @@ class ExplainableGraphModule(nn.Module):
             device=device,
             captured_device=self._captured_device,
             audit=self._options.audit,
-            recompute=self._options.backend != "eager",
+            keeping=self._keeping(),
             keep_derived=self._options.derived_weights == "keep",
         )
 
@@ -734,7 +756,7 @@ def _seed_port(output: int, node: fx.Node) -> Port:
     return Port(output, Channel.COEFFICIENT, node.meta["val"].dtype)
 
 
-def _inputs_and_values(kept: Keeping) -> tuple[list[str], list[str]]:
+def _inputs_and_values(kept: Derivation) -> tuple[list[str], list[str]]:
     """The parameters that derived values are made of, by the model's names, and the values."""
     assert kept.program.derived is not None
     inputs = placeholders_of(kept.program.derived)

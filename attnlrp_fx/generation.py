@@ -3,23 +3,26 @@
 A causal model computes the same for a prefix as for the whole text, and nothing behind a token
 takes part in its prediction. So targets are taken in chunks, and each chunk runs on the text up to
 its last target. Whether the model is causal is not assumed: each longer run predicts the chunk
-before once more, and where a value differs, everything is explained on the whole text.
+before once more, and where a value differs, everything is explained on the whole text; so it is
+where the model takes the whole and not a prefix.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from attnlrp_fx.errors import InputError
+from attnlrp_fx.errors import InputError, TargetError
 from attnlrp_fx.explanation import Explanation
 from attnlrp_fx.explanations import Explanations
 from attnlrp_fx.targets import Logit, Target
 
-TOLERANCE = 1e-3
-"""How far a value may differ, as a share of the largest, between a prefix and a longer one: room
-for rounding in half precision, and far less than a token that was not there before would change."""
+TOLERANCE, ROUNDINGS = 1e-3, 8
+"""How far a value may differ, as a share of the largest, between a prefix and a longer one, or how
+many roundings of its dtype, whichever is more: less than a token that was not there before would
+change. Models in half precision were seen to differ by up to two roundings."""
 
 
 class Explains(Protocol):
@@ -107,7 +110,10 @@ def _by_prefix(
         some = targets[first : first + chunk]
         end = start + first + len(some)
         prefix = {n: v[:, : end - 1] if n in together else v for n, v in inputs.items()}
-        explained, logits = _explained(explainer, prefix, some, inputs, end - 1)
+        try:
+            explained, logits = _explained(explainer, prefix, some, inputs, end - 1)
+        except InputError:
+            return None
         before = found[-chunk:]
         if before and not _predicts(logits, targets[first - len(before) : first], before):
             return None
@@ -122,24 +128,33 @@ def _explained(
     whole: Mapping[str, Tensor],
     length: int,
 ) -> tuple[list[Explanation], Tensor]:
-    explanations, logits = explainer.explain_many(targets, prefix, whole)
-    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[1] < length:
+    remedy = "compile a language model, without logits_to_keep"
+    try:
+        explanations, logits = explainer.explain_many(targets, prefix, whole)
+    except TargetError as error:
+        raise InputError(
+            "the model does not return a prediction of every token",
+            why=" ".join(part for part in (error.what, error.why) if part),
+            remedy=remedy,
+        ) from error
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[1] != length:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
         raise InputError(
             f"the model returns scores of shape {shape} for {length} tokens",
             why="every token's own prediction is needed",
-            remedy="compile without logits_to_keep and target_slice",
+            remedy=remedy,
         )
     return [replace(one, outputs=None) for one in explanations], logits
 
 
 def _predicts(logits: Tensor, targets: Sequence[Logit], before: Sequence[Explanation]) -> bool:
     """Whether logits of a longer prefix are those that were explained on a shorter one."""
+    tolerance = max(TOLERANCE, ROUNDINGS * torch.finfo(logits.dtype).eps)
     for target, explanation in zip(targets, before, strict=True):
         assert isinstance(target.index, Tensor)
         assert isinstance(target.position, int)
         row = logits[:, target.position].to(explanation.target_value.dtype)
-        value = row.gather(1, target.index[:, None].to(row.device))[:, 0]
-        if bool(((value - explanation.target_value).abs() > TOLERANCE * row.abs().amax(1)).any()):
+        value = row.gather(1, target.index[:, None].to(row.device, torch.int64))[:, 0]
+        if bool(((value - explanation.target_value).abs() > tolerance * row.abs().amax(1)).any()):
             return False
     return True

@@ -3,18 +3,22 @@
 The *forward* side computes the outputs, the *relevance* side everything that depends on a seed. A
 value that both need is saved, or computed again from values that are. What to save is a minimum
 cut (as in Chen et al. 2016 and AOTAutograd's partitioner): each value is an edge as wide as its
-bytes; inputs are free; products, reductions and attention are never computed twice; views cost
-nothing. Among cuts of one width, the one nearest to its use is taken: it leaves least to do again.
+bytes; inputs are free; products, reductions and attention have a price at which they are computed
+twice, by default an infinite one; views cost nothing. Among cuts of one width, the one nearest to
+its use is taken: it leaves least to do again.
 """
 
+import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, fx
 
+from attnlrp_fx.flops import operations
 from attnlrp_fx.operators import is_cheap, is_free, outputs_of
 from attnlrp_fx.torch_private import fresh, typical_size
 
@@ -27,8 +31,21 @@ NEARNESS = 0.01
 """How much wider an edge becomes with each step away from its use, as a share."""
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """What the forward side keeps for the relevance side, and what is computed again."""
+
+    elementwise: bool = True
+    """Whether elementwise ops may be computed on both sides; views always may."""
+    price: float = math.inf
+    """How many bytes an operation is worth that need not be done twice: at infinity products,
+    reductions and attention are done once; at 0 nothing is kept but what regions hand on."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """What symbolic sizes count for."""
+
+
 def split(
-    program: fx.GraphModule, outputs: int, recompute: bool = True
+    program: fx.GraphModule, outputs: int, keeping: Keeping | None = None
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Cut a program where the seeds enter.
 
@@ -36,7 +53,7 @@ def split(
         program: placeholders whose `meta["part"]` is "seed" are the seeds; the first `outputs`
             results do not depend on them.
         outputs: how many results belong to the forward side.
-        recompute: whether elementwise ops may be computed on both sides; views always may.
+        keeping: what is kept and what is computed again; None: elementwise ops alone are.
 
     Returns:
         forward: attributes and inputs → outputs and saved values;
@@ -49,7 +66,7 @@ def split(
     needed |= {n for n in graph.nodes if n.target is operator.getitem and n.args[0] in needed}
     wanted = _closure(r for r in results[outputs:] if isinstance(r, fx.Node))
     seeded = _depends_on_seeds(graph)
-    saved = _minimum_cut(graph, results[outputs:], needed, wanted, seeded, recompute)
+    saved = _minimum_cut(graph, results[outputs:], needed, wanted, seeded, keeping or Keeping())
     inside = _closure((r for r in results[outputs:] if isinstance(r, fx.Node)), until=saved)
     forward = _extract(program, needed | _closure(saved), [], [*results[:outputs], *saved])
     relevance = _extract(program, inside - set(saved), saved, results[outputs:])
@@ -81,8 +98,7 @@ def hoist(program: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule | Non
     rest = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in derived:
-        values[node] = rest.placeholder(f"derived_{node.name}")
-        values[node].meta = {"val": fresh(node.meta["val"]), "name": f"derived:{node.name}"}
+        values[node] = _further_input(rest, "derived", node)
     for node in program.graph.nodes:
         if node not in values:
             values[node] = rest.node_copy(node, values.__getitem__)
@@ -134,7 +150,7 @@ def _minimum_cut(
     needed: set[fx.Node],
     wanted: set[fx.Node],
     seeded: set[fx.Node],
-    recompute: bool,
+    keeping: Keeping,
 ) -> list[fx.Node]:
     """The values to save, in the graph's order."""
     flow: nx.DiGraph[Any] = nx.DiGraph()
@@ -146,12 +162,13 @@ def _minimum_cut(
     for node in reversed(candidates):
         users = [user for user in node.users if user in wanted]
         is_used = node in direct or any(user in seeded for user in users)
-        again = [distance[user] for user in users if user in distance]
-        distance[node] = 0 if is_used else 1 + min(again, default=0)
-        width = _bytes(node) * (1 + NEARNESS * min(distance[node], 50))
+        further = [distance[user] for user in users if user in distance]
+        distance[node] = 0 if is_used else 1 + min(further, default=0)
+        width = _bytes(node, keeping.sizes) * (1 + NEARNESS * min(distance[node], 50))
         flow.add_edge((node, "in"), (node, "out"), capacity=width)
-        if node in needed and not _may_recompute(node, recompute):
-            flow.add_edge("inputs", (node, "in"))
+        again = _price(node, keeping)
+        if node in needed and again:
+            flow.add_edge("inputs", (node, "in"), capacity=again)
         if is_used:
             flow.add_edge((node, "out"), "relevance")
         for user in users:
@@ -161,24 +178,38 @@ def _minimum_cut(
     return [n for n in candidates if (n, "in") in near and (n, "out") not in near]
 
 
-def _bytes(node: fx.Node) -> float:
+def _bytes(node: fx.Node, sizes: Mapping[str, int]) -> float:
     """How much saving a value takes; infinite for what cannot be saved."""
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         count = 1.0
         for size in value.shape:
-            count *= typical_size(size, TYPICAL)
+            count *= typical_size(size, TYPICAL, sizes)
         return count * value.dtype.itemsize
-    return float("inf") if isinstance(value, list | tuple) else 8.0
+    return math.inf if isinstance(value, list | tuple) else 8.0
 
 
-def _may_recompute(node: fx.Node, recompute: bool) -> bool:
-    """Whether a value that the forward side has may be computed once more."""
-    if not isinstance(node.meta.get("val"), Tensor):
-        return isinstance(node.meta.get("val"), int | float | torch.SymInt | torch.SymFloat)
-    if is_free(node):
-        return node.target is not operator.getitem
-    return recompute and is_cheap(node)
+def _price(node: fx.Node, keeping: Keeping) -> float:
+    """What it costs, in bytes, to compute a value once more that the forward side has."""
+    value = node.meta.get("val")
+    if isinstance(value, int | float | torch.SymInt | torch.SymFloat) or is_free(node):
+        # A part of several outputs costs what their op does.
+        apart = node.target is operator.getitem and keeping.price == math.inf
+        return math.inf if apart else 0.0
+    if keeping.elementwise and is_cheap(node):
+        return 0.0
+    if keeping.price in (0.0, math.inf):
+        return keeping.price
+    return keeping.price * typical_size(operations(node), TYPICAL, keeping.sizes)
+
+
+def _further_input(graph: fx.Graph, part: str, node: fx.Node) -> fx.Node:
+    """A placeholder for a value that is computed elsewhere, named like no other."""
+    new = graph.placeholder(f"{part}_{node.name}")
+    new.target = new.name
+    name = f"{part}:{node.name}"
+    new.meta = {"val": fresh(node.meta["val"]), "name": name, "part": part}
+    return new
 
 
 def _extract(
@@ -191,8 +222,7 @@ def _extract(
         if node.op == "placeholder" and node in inside:
             values[node] = graph.node_copy(node)
     for node in saved:
-        values[node] = graph.placeholder(f"saved_{node.name}")
-        values[node].meta = {"val": fresh(node.meta["val"]), "name": f"saved:{node.name}"}
+        values[node] = _further_input(graph, "saved", node)
     for node in program.graph.nodes:
         if node in inside and node.op not in ("placeholder", "output"):
             values[node] = graph.node_copy(node, values.__getitem__)

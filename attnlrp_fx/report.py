@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from attnlrp_fx.memory import MemoryPlan
 from attnlrp_fx.passes.base import PassResult
 
 
@@ -25,6 +26,8 @@ class Compilation:
     backend_seconds: float
     derived_bytes: int = 0
     """What is kept of values made of parameters alone."""
+    memory: MemoryPlan | None = None
+    """What is kept of the forward side, if not as much as makes it fastest."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +94,10 @@ class Report:
             if done.derived_bytes:
                 kept = done.derived_bytes / 2**20
                 yield f"  note: keeps {kept:.1f} MiB of values made of parameters alone"
+            if done.memory is not None:
+                plan = done.memory
+                yield (
+                    f"  note: memory {plan.memory}: predicted peak {plan.peak / 2**20:.1f} MiB, "
+                    f"{plan.fast_peak / 2**20:.1f} MiB if fast, {plan.operations:.2f} times the "
+                    "operations, at the example's sizes"
+                )

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from attnlrp_fx.codegen import EmitOptions, Port, Program, emit
 from attnlrp_fx.operators import outputs_of, placeholders_of
-from attnlrp_fx.partition import SEED
+from attnlrp_fx.partition import SEED, Keeping
 from attnlrp_fx.regions import Region
 from attnlrp_fx.tape import Channel
 
@@ -54,7 +54,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Keeping:
+class Derivation:
     """What one region keeps of values made of parameters alone."""
 
     program: Program
@@ -68,6 +68,9 @@ class Keeping:
 class Schedule:
     """The programs of a graph's regions, and who hands what to whom."""
 
+    rewritten: fx.GraphModule
+    regions: tuple[Region, ...]
+    """The rewritten graph, cut in pieces, in order."""
     programs: tuple[Program, ...]
     """For each region its program; regions that are alike share one."""
     seeded: Mapping[int, fx.Node]
@@ -79,7 +82,7 @@ class Schedule:
     """The slots of the model's tensors."""
     inputs: Mapping[str, int]
     """The slots of the model's inputs."""
-    derived: tuple[Keeping, ...]
+    derived: tuple[Derivation, ...]
     outputs: tuple[tuple[int | None, Any], ...]
     """For each flat output its slot, or None and the constant that it is."""
     seeds: tuple[int, ...]
@@ -93,6 +96,12 @@ class Schedule:
     def distinct(self) -> tuple[Program, ...]:
         """Each program once."""
         return tuple({id(program): program for program in self.programs}.values())
+
+    def keeping(self, keeping: Keeping) -> "Schedule":
+        """The same, with as much kept of the forward side as asked for."""
+        cut = {id(program): program.keeping(keeping) for program in self.distinct}
+        programs = [cut[id(program)] for program in self.programs]
+        return _arranged(self.rewritten, self.regions, programs, self.seeded, self.device)
 
     def start(self, attributes: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Values:
         """Slots that hold the model's tensors and its inputs."""
@@ -161,8 +170,19 @@ def schedule(
     Raises:
         RuleError: an op cannot be traced, or writes in place.
     """
-    outputs = outputs_of(rewritten.graph)
     programs = _emit_all(regions, list(seeded.values()), attributes, options)
+    return _arranged(rewritten, regions, programs, seeded, options.device)
+
+
+def _arranged(
+    rewritten: fx.GraphModule,
+    regions: Sequence[Region],
+    programs: Sequence[Program],
+    seeded: Mapping[int, fx.Node],
+    device: torch.device,
+) -> Schedule:
+    """The order of the programs, and the slots of what they exchange."""
+    outputs = outputs_of(rewritten.graph)
     slots = _Slots()
     pairs = zip(regions, programs, strict=True)
     places = [_Place(i, region, program, slots) for i, (region, program) in enumerate(pairs)]
@@ -173,12 +193,14 @@ def schedule(
     explained = slots.known(Channel.MOVED, placeholders)
     steps = _emptying([*forward, *relevance], slots, explained.values())
     return Schedule(
+        rewritten=rewritten,
+        regions=tuple(regions),
         programs=tuple(programs),
         seeded=dict(seeded),
-        device=options.device,
+        device=device,
         forward=tuple(steps[: len(forward)]),
         relevance=tuple(steps[len(forward) :]),
-        derived=tuple(place.keeping() for place in places if place.program.derived is not None),
+        derived=tuple(p.derivation() for p in places if p.program.derived is not None),
         outputs=tuple(_output(output, slots) for output in outputs),
         seeds=tuple(slots.of(Channel.COEFFICIENT, node) for node in seeded.values()),
         explained=explained,
@@ -247,7 +269,7 @@ class _Place:
     def forward(self) -> Step:
         handed = [self.slots.of("value", node) for node in self.region.outputs]
         inputs = placeholders_of(self.program.relevance)
-        saved = [self._of(node) for node in inputs if node.meta["name"].startswith("saved:")]
+        saved = [self._of(node) for node in inputs if node.meta["part"] == "saved"]
         return Step(self.program.forward, self._all(self.program.forward), (*handed, *saved))
 
     def relevance(self) -> Step:
@@ -256,17 +278,17 @@ class _Place:
         audited = tuple(region.nodes[i].name for i in self.program.audited)
         return Step(graph_module, self._all(graph_module), tuple(received), audited)
 
-    def keeping(self) -> Keeping:
+    def derivation(self) -> Derivation:
         names = dict(zip(self.program.attributes, self.region.attributes, strict=True))
         values = {n: self.slots.of("own", self.number, n) for n in self.program.derived_values}
-        return Keeping(self.program, names, values)
+        return Derivation(self.program, names, values)
 
     def _all(self, graph_module: fx.GraphModule) -> tuple[int, ...]:
         return tuple(self._of(node) for node in placeholders_of(graph_module))
 
     def _of(self, placeholder: fx.Node) -> int:
         """The slot of what a side of the program reads."""
-        name, part = placeholder.meta["name"], placeholder.meta.get("part")
+        name, part = placeholder.meta["name"], placeholder.meta["part"]
         program, region = self.program, self.region
         if part == "attribute":
             return self.slots.of("attribute", region.attributes[program.attributes.index(name)])

@@ -133,14 +133,23 @@ def fails(assumption: Any, sizes: Mapping[str, int]) -> bool:
     return bool(found == sympy.false)
 
 
-def typical_size(size: int | torch.SymInt, typical: int) -> float:
-    """A size as a number, each symbol counted as `typical`, or as one more if that divides by 0."""
+def typical_size(
+    size: int | torch.SymInt, typical: int, known: Mapping[str, int] | None = None
+) -> float:
+    """A size as a number.
+
+    Each symbol counts as what it is known to be, or else as `typical`, or as one more than that if
+    it would divide by 0.
+    """
     if isinstance(size, int):
         return float(size)
     expression = size.node.expr
     for number in (typical, typical + 1):
+        values = {
+            symbol: (known or {}).get(str(symbol), number) for symbol in expression.free_symbols
+        }
         with suppress(ZeroDivisionError):
-            return float(expression.subs(dict.fromkeys(expression.free_symbols, number)))
+            return float(expression.subs(values))
     return float(typical)
 
 

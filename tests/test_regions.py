@@ -255,7 +255,7 @@ DEEP = (
         image_size=16,
         patch_size=2,
         embed_dim=8,
-        depths=[4],
+        depths=[6],
         num_heads=[2],
         window_size=4,
     ),
@@ -263,7 +263,7 @@ DEEP = (
         "mamba",
         "MambaForCausalLM",
         {},
-        lambda batch, length: {"input_ids": tokens(batch, 5)["input_ids"]},
+        lambda batch, length: {"input_ids": tokens(batch, 3)["input_ids"]},
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         num_hidden_layers=3,
@@ -297,20 +297,37 @@ def on_tape(explainer: ExplainableGraphModule, inputs: Inputs, index: int) -> Re
         return tape.reverse({outputs_of(explainer.rewritten.graph)[output]: seed}, audit=True)
 
 
-@pytest.mark.parametrize("case", DEEP, ids=str)
+@pytest.mark.parametrize("case", DEEP[1:], ids=str)
 def test_real_models(case: Case, explain: Explain) -> None:
-    """Relevance and ledger are the tape's, at other sizes than captured, with padding."""
-    explainer = explain(case)
+    """Relevance is the tape's, at other sizes than captured, with padding."""
+    explainer = explain(case, audit=False)
     regions, distinct = counts(explainer)
     assert distinct < regions
-    for batch, length in [(1, 1), (4, 9)]:
+    inputs = padded(case.example(4, 9, F64))
+    oracle = on_tape(explainer, inputs, 1)
+    explanation = explainer(**inputs, target=case_target(case))
+    assert explanation.relevance.keys() == oracle.relevance.keys()
+    for name, relevance in explanation.relevance.items():
+        assert relative(relevance, oracle.relevance[name]) <= 1e-12, name
+    assert explainer.compilations == 1
+
+
+def case_target(case: Case) -> Logit:
+    """What `on_tape` explains."""
+    return Logit(1, position=None if case.value is highest_logit else -1)
+
+
+def test_the_ledger_is_the_tapes(explain: Explain) -> None:
+    """Every node's line, whichever region the node is in."""
+    case = DEEP[0]
+    explainer = explain(case)
+    assert counts(explainer)[1] < counts(explainer)[0]
+    for batch, length in [(1, 1), (3, 8)]:
         inputs = padded(case.example(batch, length, F64))
         oracle = on_tape(explainer, inputs, 1)
-        position = -1 if case.value is not highest_logit else None
-        explanation = explainer(**inputs, target=Logit(1, position=position))
-        assert explanation.relevance.keys() == oracle.relevance.keys()
-        for name, relevance in explanation.relevance.items():
-            assert relative(relevance, oracle.relevance[name]) <= 1e-12, name
+        explanation = explainer(**inputs, target=case_target(case))
+        found = explanation.relevance["input_ids"]
+        assert relative(found, oracle.relevance["input_ids"]) <= 1e-12
         size = max(1.0, *(float(sums.abs().max()) for sums in oracle.sums.values()))
         entries = {entry.node: entry for entry in explanation.ledger.entries}
         for node, expected in oracle.sums.items():
@@ -319,12 +336,11 @@ def test_real_models(case: Case, explain: Explain) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12 * size)
         scale = float(explanation.target_value.abs().sum())
         assert abs(explanation.ledger.residual) <= 1e-9 * scale
-    assert explainer.compilations == 1
 
 
 def test_decoders_add_up_at_the_encoder(explain: Explain) -> None:
     """Every block of a decoder reads what the encoder made: one value, several regions."""
-    explainer = explain(next(case for case in DEEP if case.name == "t5-deep"))
+    explainer = explain(next(case for case in DEEP if case.name == "t5-deep"), audit=False)
     readers = [{*region.inputs} for region in pieces(explainer)]
     assert any(sum(node in read for read in readers) >= 3 for node in set().union(*readers))
 
@@ -362,13 +378,22 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
 }
 
 
+@functools.cache
+def small() -> tuple[nn.Module, capture.Captured]:
+    """A model that is captured once."""
+    model = stack(*(Block() for _ in range(3)))
+    return model, capture.capture(model, X)
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_small_models(options: dict[str, Any]) -> None:
-    cut, flat = pair(stack(*(Block() for _ in range(4))), X, **options)
+    model, captured = small()
+    with mock.patch.object(compiler, "capture", return_value=captured):
+        cut, flat = pair(model, X, **options)
     assert counts(cut)[1] < counts(cut)[0]
     assert counts(flat) == (1, 1)
-    for x in (X, ANOTHER, X[:1]):
-        same(cut(x, check_finite=True), flat(x, check_finite=True))
+    same(cut(ANOTHER, check_finite=True), flat(ANOTHER))
+    same(cut(X[:1]), flat(X[:1]))
 
 
 def test_relevance_without_a_factor_crosses() -> None:
@@ -399,7 +424,7 @@ class Returning(Stack):
 
 
 def returning(what: str) -> nn.Module:
-    return randomised(lambda: Returning(what, *(Block() for _ in range(4)))).double().eval()
+    return randomised(lambda: Returning(what, *(Block() for _ in range(3)))).double().eval()
 
 
 def hidden_and_logits(outputs: Any) -> Tensor:
@@ -562,7 +587,7 @@ class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(9, 6)
-        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
         self.head = nn.Linear(6, 9, bias=False)
         self.head.weight = self.embed.weight
 
@@ -634,8 +659,8 @@ class Counting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.ModuleList(Block() for _ in range(4))
-        self.second = nn.ModuleList(Plain() for _ in range(5))
+        self.first = nn.ModuleList(Block() for _ in range(3))
+        self.second = nn.ModuleList(Plain() for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[1]
