@@ -1,6 +1,6 @@
 """Checks of a call's inputs against the captured graph, before anything runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,16 +23,28 @@ class InputChecks:
     Args:
         graph_module: a captured graph, before or after rewriting.
         constants: inputs that were no tensors when the model was captured, or were held.
+        own: placeholders that no caller fills.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, constants: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        constants: Mapping[str, Any],
+        own: Sequence[str] = (),
+    ) -> None:
         self.constants = constants
         self.examples = {
             str(node.target): node.meta["val"]
             for node in graph_module.graph.find_nodes(op="placeholder")
+            if node.target not in own
         }
+        self._sizes = {
+            name: [size if is_concrete_int(size) else str(size) for size in example.shape]
+            for name, example in self.examples.items()
+        }
+        """Of each input a number for a size that was fixed, and a symbol's name for others."""
         self.lookups = _lookups(graph_module)
-        self.positions = _positions_graph(graph_module, self.lookups)
+        self.positions = _positions_graph(graph_module, self.lookups, own)
         self._assumptions = size_assumptions(graph_module)
         self._fitting_symbols: set[tuple[tuple[str, int], ...]] = set()
         self._checked_sizes: set[tuple[tuple[int, ...], ...]] = set()
@@ -110,9 +122,9 @@ class InputChecks:
                     remedy="pass at least one row and one token (an empty text has none)",
                 )
             for dim, (size, expected) in enumerate(
-                zip(value.shape, self.examples[name].shape, strict=True)
+                zip(value.shape, self._sizes[name], strict=True)
             ):
-                if is_concrete_int(expected):
+                if not isinstance(expected, str):
                     if size != expected:
                         raise InputError(
                             f"input '{name}' has shape {tuple(value.shape)}",
@@ -121,7 +133,7 @@ class InputChecks:
                             "dynamic_shapes='auto'; report() says what the model fixes",
                         )
                     continue
-                known, where = sizes.setdefault(str(expected), (size, f"{name}[{dim}]"))
+                known, where = sizes.setdefault(expected, (size, f"{name}[{dim}]"))
                 if known != size:
                     raise InputError(
                         f"input '{name}' has shape {tuple(value.shape)}",
@@ -203,7 +215,9 @@ def _lookups(graph_module: fx.GraphModule) -> list[tuple[fx.Node, str | None, in
 
 
 def _positions_graph(
-    graph_module: fx.GraphModule, lookups: list[tuple[fx.Node, str | None, int]]
+    graph_module: fx.GraphModule,
+    lookups: list[tuple[fx.Node, str | None, int]],
+    own: Sequence[str],
 ) -> fx.GraphModule | None:
     """The part of a graph that computes indices which are not inputs themselves."""
     wanted = [table_and_indices(node)[1] for node, name, _ in lookups if name is None]  # type: ignore[index]
@@ -219,7 +233,7 @@ def _positions_graph(
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in graph_module.graph.nodes:
-        if node in needed or node.op == "placeholder":
+        if node in needed or (node.op == "placeholder" and node.target not in own):
             values[node] = graph.node_copy(node, values.__getitem__)
     graph.output([values[node] for node in wanted])
     return fx.GraphModule(graph_module, graph)

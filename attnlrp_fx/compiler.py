@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from attnlrp_fx.backends import Backend, backend_named
-from attnlrp_fx.capture import Inputs, capture
+from attnlrp_fx.capture import Captured, Inputs, capture
 from attnlrp_fx.composites import Composite, composite_named
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.explainer import ExplainableGraphModule, ExplainerOptions, Stage
@@ -20,7 +20,7 @@ from attnlrp_fx.labels import Labels
 from attnlrp_fx.memory import Memory, check_memory
 from attnlrp_fx.passes import PIPELINE, Pass, PassContext
 from attnlrp_fx.rewriting import rewrite
-from attnlrp_fx.targets import TargetLike, as_target
+from attnlrp_fx.targets import Target, TargetLike, as_target, outputs_as_seen
 
 
 def compile(
@@ -33,6 +33,7 @@ def compile(
     dynamic_shapes: str | Mapping[str, Any] | None = "auto",
     explain: Sequence[str] | None = None,
     positions: bool = False,
+    target_slice: bool = False,
     audit: bool = False,
     derived_weights: str = "recompute",
     memory: Memory = "fast",
@@ -61,6 +62,9 @@ def compile(
         explain: names of the inputs to explain; None: all that relevance can reach.
         positions: whether the share of learned and rotary positions is explained too, summed into
             the tokens that stand there (PA-LRP, Bakish et al. 2025), or held constant.
+        target_slice: whether only what the target's position needs is computed, forward and
+            relevance: of a language model's logits that position alone, so that `outputs` hold no
+            other. A target that reads more compiles a program more, without slicing.
         audit: whether explanations carry the ledger of where relevance went.
         derived_weights: what becomes of values made of parameters alone, as |W| under a γ rule:
             "recompute" at every explanation, or "keep", which is faster and takes the memory that
@@ -109,14 +113,19 @@ def compile(
     captured = capture(model, inputs, dynamic_shapes)
     seconds = time.perf_counter() - start
     stage("rewriting the graph")
+    wanted = as_target(target)
     context = PassContext(
-        tuple(explain) if explain is not None else None, composite, fallback, positions
+        explain=tuple(explain) if explain is not None else None,
+        composite=composite,
+        fallback=fallback,
+        positions=positions,
+        sliced=_sliced(captured, wanted) if target_slice else (),
     )
     rewriting = rewrite(captured, context, passes)
     module = captured.graph_module if isinstance(model, ExportedProgram) else model
     options = ExplainerOptions(
         backend=backend,
-        target=as_target(target),
+        target=wanted,
         audit=audit,
         derived_weights=derived_weights,
         memory=memory,
@@ -127,6 +136,15 @@ def compile(
     )
     explainer = ExplainableGraphModule(module, captured, rewriting, options, seconds)
     return explainer.prepare()
+
+
+def _sliced(captured: Captured, target: Target) -> tuple[int, ...]:
+    """The outputs of which a target reads one position of each row."""
+    with torch.no_grad():
+        flat = captured.graph_module(*captured.example.values())
+    chosen = target.choose(outputs_as_seen(captured, flat, captured.example))
+    names = [seed.output for seed in chosen.seeds if seed.position is not None]
+    return tuple(captured.output_names.index(name) for name in names)
 
 
 def explain(
@@ -152,7 +170,8 @@ def explain(
         composite: as in `compile`.
         backend: as in `compile`; "eager" is ready at once.
         dynamic_shapes: as in `compile`; None is ready soonest, and serves these texts only.
-        **options: anything else that `compile` takes.
+        **options: anything else that `compile` takes; `target_slice` is on, so that `outputs`
+            hold a language model's logits at the explained position alone.
 
     Raises:
         InputError: a text is empty.
@@ -166,7 +185,7 @@ def explain(
         backend=backend,
         dynamic_shapes=dynamic_shapes,
         tokenizer=tokenizer,
-        **options,
+        **{"target_slice": True, **options},
     )
     explanation: Explanation = explainer(inputs)
     return explanation
@@ -215,7 +234,9 @@ def explain_generation(
     Example:
         >>> import torch, attnlrp_fx
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> config = GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, eos_token_id=None)
+        >>> config = GPT2Config(
+        ...     vocab_size=9, n_embd=8, n_head=2, bos_token_id=None, eos_token_id=None
+        ... )
         >>> prompt = {"input_ids": torch.tensor([[5, 2, 7]])}
         >>> written = attnlrp_fx.explain_generation(
         ...     GPT2LMHeadModel(config).eval(), None, prompt, max_new_tokens=4
@@ -226,8 +247,10 @@ def explain_generation(
     inputs = tokenize(tokenizer, prompt) if isinstance(prompt, str) else dict(prompt)
     inputs, start = _written(model, inputs, {"max_new_tokens": max_new_tokens, **(generate or {})})
     sequence = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
-    several = inputs[sequence].shape[1] - start > chunk
-    options = {"dynamic_shapes": "auto" if several else None, **options}
+    one_length = inputs[sequence].shape[1] - start <= chunk
+    if options.get("positions"):  # found by sizes, of which some may be equal by chance
+        one_length = False
+    options = {"dynamic_shapes": None if one_length else "auto", **options}
     explainer = compile(
         model, inputs, composite=composite, backend=backend, tokenizer=tokenizer, **options
     )

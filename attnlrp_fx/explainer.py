@@ -32,6 +32,8 @@ from attnlrp_fx.masking import Masked
 from attnlrp_fx.memory import Memory, planned
 from attnlrp_fx.operators import outputs_of, placeholders_of
 from attnlrp_fx.partition import Keeping
+from attnlrp_fx.passes import PassContext
+from attnlrp_fx.passes.slice_targets import POSITIONS
 from attnlrp_fx.regions import regions_of
 from attnlrp_fx.report import Compilation, Report
 from attnlrp_fx.rewriting import Rewriting, rewrite
@@ -45,9 +47,13 @@ from attnlrp_fx.targets import (
     TargetLike,
     TargetsLike,
     as_target,
+    at_one_position,
     default_scores,
+    outputs_as_seen,
+    positions_of,
     targets_of,
 )
+from attnlrp_fx.torch_private import typical_size
 
 Stage = Callable[[str], None]
 Seeds = dict[int, Any]
@@ -160,9 +166,10 @@ class ExplainableGraphModule(nn.Module):
         self._options = options
         self._target = options.target or as_target(None)
         self._attributes = Attributes(model, rewritten)
-        self._checks = InputChecks(rewritten, captured.constants)
+        self._checks = InputChecks(rewritten, captured.constants, (POSITIONS,))
         self._captured_device = self._attributes.device()
         self._programs: dict[tuple[tuple[int, ...], torch.device], _Compiled] = {}
+        self._siblings: list[ExplainableGraphModule] = []
         self._flat: dict[torch.device, fx.GraphModule] = {}
         self._seeded: dict[Any, tuple[int, ...]] = {}
         self.eval()
@@ -238,11 +245,13 @@ class ExplainableGraphModule(nn.Module):
             )
         targets, are_several = targets_of(target, self._target)
         given = self._given(args, inputs)
+        if not self._slices(targets):
+            return self._whole()(given, target=target, check_finite=check_finite)  # type: ignore[no-any-return]
         with torch.inference_mode(False), torch.no_grad():
             found, seeds, forward = self._explain(targets, given, given)
         for each in seeds if check_finite else ():
             dense = {i: _dense(seed, forward.flat[i]) for i, seed in each.items()}
-            find_non_finite(self.rewritten, self._attributes.values(device), given, dense)
+            find_non_finite(self.rewritten, self._attributes.values(device), forward.given, dense)
         return Explanations(tuple(found)) if are_several else found[0]
 
     def explain_many(
@@ -288,7 +297,8 @@ class ExplainableGraphModule(nn.Module):
             InputError: the inputs do not fit, there is nothing to explain, or the model does not
                 return logits for every position.
         """
-        return explain_generation(self, self._given(args, inputs), start, sequence, chunk)
+        given = self._given(args, inputs)
+        return explain_generation(self._whole(), given, start, sequence, chunk)
 
     def lengths_like(self, name: str) -> tuple[str, ...]:
         """The inputs whose second dimension is that of an input, if it is dynamic."""
@@ -384,6 +394,8 @@ class ExplainableGraphModule(nn.Module):
             InputError: the inputs do not fit, or what is to be zero is not explained.
             TargetError: the outputs do not have the target.
         """
+        if self._sliced:
+            return self._whole().target_values(*args, keep=keep, target=target, **inputs)
         device = self._attributes.device()
         given = self._given(args, inputs)
         sources = {n.kwargs["name"] for n in self.rewritten.graph.nodes if n.target is ops.source}
@@ -420,13 +432,17 @@ class ExplainableGraphModule(nn.Module):
             'attnlrp-vision'
         """
         context = replace(self._rewriting.context, composite=composite_named(composite))
+        return self._sibling(context).prepare()
+
+    def _sibling(self, context: PassContext) -> "ExplainableGraphModule":
+        """The same model rewritten otherwise."""
         rewriting = rewrite(self._convention, context, self._rewriting.passes)
         seconds = self._report.capture_seconds
         made = ExplainableGraphModule(
             self.model, self._convention, rewriting, self._options, seconds
         )
         made._captured_device = self._captured_device  # the model may have moved since
-        return made.prepare()
+        return made
 
     def refresh(self) -> None:
         """Compute kept derived weights anew at the next call.
@@ -459,6 +475,8 @@ class ExplainableGraphModule(nn.Module):
         """
         values = self._checks.ordered(self._named(args, inputs), torch.device("meta"))
         given = dict(zip(self._checks.examples, values, strict=True))
+        if self._sliced:
+            given[POSITIONS] = values[0].new_empty(len(values[0]), dtype=torch.int64)
         seeded, own = self._default_seeds(), self._attributes.device()
         wanted = own if device is None else torch.device(device)
         same = wanted == own
@@ -474,17 +492,59 @@ class ExplainableGraphModule(nn.Module):
         """
         device = self._attributes.device()
         seeded = self._seeded.get(_kinds(targets)) or self._default_seeds()
-        forward = self._run_forward(seeded, given, device)
+        all_given, asked = given, targets
+        if self._sliced:
+            all_given = {**given, POSITIONS: self._positions(targets[0], given)}
+            asked = [replace(target, position=0) for target in targets]  # type: ignore[type-var]
+        forward = self._run_forward(seeded, all_given, device)
         try:
             found = [
-                self._explain_one(forward, target, whole, last=number == len(targets))
-                for number, target in enumerate(targets, 1)
+                self._explain_one(forward, target, whole, last=number == len(asked))
+                for number, target in enumerate(asked, 1)
             ]
         except _OtherOutputs as other:
             known = self._seeded.get(_kinds(targets), ())
             self._seeded[_kinds(targets)] = tuple(sorted({*known, *other.seeded}))
             return self._explain(targets, given, whole)
         return [one for one, _ in found], [seeds for _, seeds in found], forward
+
+    @property
+    def _sliced(self) -> tuple[int, ...]:
+        """The outputs of which the target's position alone is computed."""
+        return self._rewriting.context.sliced
+
+    def _slices(self, targets: Sequence[Target]) -> bool:
+        """Whether the program that slices outputs, if it does, can serve these targets."""
+        if not self._sliced:
+            return True
+        name = getattr(targets[0], "output", None)
+        names = [self._convention.output_names[i] for i in self._sliced]
+        return at_one_position(targets) and (name is None or name in names)
+
+    def _whole(self) -> "ExplainableGraphModule":
+        """The same without slicing, for targets that read more than one position."""
+        if not self._sliced:
+            return self
+        if not self._siblings:
+            context = replace(self._rewriting.context, sliced=())
+            self._siblings.append(self._sibling(context))
+        return self._siblings[0]
+
+    def _positions(self, target: Target, given: Mapping[str, Tensor]) -> Tensor:
+        """Each row's position, found before anything is computed."""
+        sizes = {
+            str(expected): size
+            for name, example in self._checks.examples.items()
+            for expected, size in zip(example.shape, given[name].shape, strict=True)
+        }
+        wanted = outputs_of(self.captured.graph)[self._sliced[0]].meta["val"].shape
+        shape = [int(typical_size(size, 1, sizes)) for size in wanted]
+        names = self._convention.output_names
+        named = dict.fromkeys(names, torch.zeros(()))
+        masks = outputs_as_seen(self._convention, [None] * len(names), given).masks
+        return positions_of(target, shape, Outputs(named, None, masks)).to(
+            self._attributes.device()
+        )
 
     def _run_forward(
         self, seeded: tuple[int, ...], given: dict[str, Tensor], device: torch.device
@@ -606,10 +666,7 @@ class ExplainableGraphModule(nn.Module):
 
     def _outputs(self, flat: Sequence[Any], given: Mapping[str, Tensor]) -> Outputs:
         """The flat outputs as a target sees them."""
-        names = self._convention.output_names
-        named = {names[i]: value for i, value in enumerate(flat) if _is_floating(value)}
-        masks = {n: v for n, v in given.items() if n.endswith("attention_mask") and v.dim() == 2}
-        return Outputs(named, pytree.tree_unflatten(flat, self._convention.output_spec), masks)
+        return outputs_as_seen(self._convention, flat, given)
 
     def _default_seeds(self) -> tuple[int, ...]:
         """The outputs that the default target reads, found on the example's outputs."""
@@ -634,7 +691,7 @@ class ExplainableGraphModule(nn.Module):
         made, plan = planned(
             self._schedule(seeded, device),
             self._options.memory,
-            self._convention.given,
+            self._example_of_budget(),
             self._keeping(),
         )
         backend = "eager" if device.type == "meta" else self._options.backend
@@ -672,6 +729,14 @@ class ExplainableGraphModule(nn.Module):
         cut, inside = self._options.regions, list(entries.values())
         regions = regions_of(self.rewritten, attributes, inside, cut)
         return schedule(self.rewritten, regions, entries, attributes, self._emit_options(device))
+
+    def _example_of_budget(self) -> dict[str, Tensor]:
+        """The example as it was given, with positions if the program takes some."""
+        given = dict(self._convention.given)
+        if self._sliced:
+            first = next(iter(given.values()))
+            given[POSITIONS] = first.new_zeros(len(first), dtype=torch.int64)
+        return given
 
     def _keeping(self) -> Keeping:
         """Run op by op, an elementwise op done twice costs as much again."""

@@ -114,6 +114,28 @@ class Explanations(Sequence[Explanation]):
             write_atomically(path, page)
         return page
 
+    def matrix_html(self, path: str | Path | None = None) -> str:
+        """A self-contained page with tables of colours: a line a target, a column a token.
+
+        Args:
+            path: where to write the page as well, complete or not at all.
+
+        Raises:
+            InputError: no explained input is one of tokens.
+            OSError: the directory of ``path`` does not exist or cannot be written.
+        """
+        by_row = list(zip(*(one.sections() for one in self.items), strict=True))
+        if not by_row[0][0].strips:
+            raise InputError("there are no tokens to make a table of", remedy="use to_html")
+        matrices = []
+        for row, sections in enumerate(by_row[: len(self.items[0])]):
+            names = [one.labels[row] if one.labels else str(i) for i, one in enumerate(self.items)]
+            matrices.append(heatmap.Matrix(tuple(names), sections))
+        page = heatmap.html_document(matrices, f"Relevance for {len(self)} targets")
+        if path is not None:
+            write_atomically(path, page)
+        return page
+
     def _repr_html_(self) -> str:
         return heatmap.html_fragment(self._sections())
 

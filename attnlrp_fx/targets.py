@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from attnlrp_fx.errors import TargetError
 
@@ -28,6 +29,34 @@ class Outputs:
     """The model's own output object."""
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     """The inputs whose names end in "attention_mask"."""
+
+
+class Convention(Protocol):
+    """What is known of a captured model's outputs."""
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Name of each flat output."""
+        ...
+
+    @property
+    def output_spec(self) -> pytree.TreeSpec:
+        """Puts flat outputs back into the model's own output object."""
+        ...
+
+
+def outputs_as_seen(
+    convention: Convention, flat: Sequence[Any], given: Mapping[str, Tensor]
+) -> Outputs:
+    """Flat outputs, and the masks among the inputs, as a target sees them."""
+    names = convention.output_names
+    named = {names[i]: value for i, value in enumerate(flat) if _is_floating(value)}
+    masks = {n: v for n, v in given.items() if n.endswith("attention_mask") and v.dim() == 2}
+    return Outputs(named, pytree.tree_unflatten(list(flat), convention.output_spec), masks)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
 
 
 @dataclass(frozen=True)
@@ -215,10 +244,11 @@ def targets_of(target: TargetsLike, default: Target) -> tuple[list[Target], bool
     """The targets, and whether several were asked for: in a list, or by a (batch, M) tensor.
 
     Raises:
-        TargetError: one of them is none, or index and position do not have the same M.
+        TargetError: the list is empty or holds what is no target, or index and position do not
+            have the same M.
     """
     if isinstance(target, list | tuple):
-        return [as_target(one) for one in target], True
+        return _some([as_target(one) for one in target]), True
     one: Any = default if target is None else as_target(target)  # type: ignore[arg-type]
     columns = {
         name: value
@@ -237,7 +267,13 @@ def targets_of(target: TargetsLike, default: Target) -> tuple[list[Target], bool
     each = [{n: v[:, m] for n, v in columns.items()} for m in range(counts.pop())]
     made: Any = type(one)
     fixed = {f.name: getattr(one, f.name) for f in fields(one)}
-    return [made(**fixed | column) for column in each], True
+    return _some([made(**fixed | column) for column in each]), True
+
+
+def _some(targets: list[Target]) -> list[Target]:
+    if not targets:
+        raise TargetError("there is no target to explain", remedy="pass at least one")
+    return targets
 
 
 def as_target(target: TargetLike) -> Target:
@@ -328,6 +364,34 @@ def _scores(outputs: Outputs, name: str | None, position: Index) -> _Scores:
         scores = scores.flatten(1)
     values = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return _Scores(values, name, where)
+
+
+def at_one_position(targets: Sequence[Target]) -> bool:
+    """Whether targets read outputs at one position of each row, the same for all targets."""
+    first: Any = targets[0]
+    return all(
+        isinstance(one, Logit | Contrast | LogProb)
+        and one.output == first.output
+        and _same(one.position, first.position)
+        for one in targets
+    )
+
+
+def _same(a: Index, b: Index) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return a == b
+
+
+def positions_of(target: Target, shape: Sequence[int], outputs: Outputs) -> Tensor:
+    """(batch,) int64: where a target reads an output of a shape (batch, sequence, classes).
+
+    Raises:
+        TargetError: the position does not exist.
+    """
+    device = next(iter(outputs.masks.values()), torch.zeros(())).device
+    stand_in = torch.zeros((), device=device).expand(tuple(shape))
+    return _positions(getattr(target, "position", None), stand_in, outputs)
 
 
 def _default_output(outputs: Outputs) -> str | None:

@@ -25,6 +25,7 @@ from attnlrp_fx.passes.raise_attention import raise_attention
 from attnlrp_fx.passes.raise_norms import raise_norms
 from attnlrp_fx.passes.raise_routing import raise_routing
 from attnlrp_fx.passes.raise_scans import raise_scans
+from attnlrp_fx.passes.slice_targets import slice_targets
 
 NORMALISE: tuple[Pass, ...] = (
     drop_assertions,
@@ -48,7 +49,7 @@ RAISE: tuple[Pass, ...] = (
 )
 """Passes that recognise what was decomposed."""
 
-ASSIGN: tuple[Pass, ...] = (push_selections, assign_rules, mark_signs)
+ASSIGN: tuple[Pass, ...] = (slice_targets, push_selections, assign_rules, mark_signs)
 """Passes that decide what is computed, and write rules into the graph."""
 
 PIPELINE: tuple[Pass, ...] = (*NORMALISE, *RAISE, *ASSIGN)
@@ -113,5 +114,6 @@ __all__ = [
     "raise_routing",
     "raise_scans",
     "run_passes",
+    "slice_targets",
     "verify",
 ]

@@ -158,6 +158,8 @@ def _operand_dims(node: fx.Node, part: Part) -> dict[int, int] | None:
 
     None where the part of a node cannot be had from parts of its arguments.
     """
+    if part.selection.rows is not None and not _has_batch_first(node):
+        return None
     if node.op == "call_module" or is_elementwise(node) or is_op(node, "contiguous", "alias"):
         return _elementwise(node, part)
     if node.target in ops.MARKERS:
@@ -167,6 +169,22 @@ def _operand_dims(node: fx.Node, part: Part) -> dict[int, int] | None:
         return None
     dims: dict[int, int] | None = known(node.args, node.meta["val"], part)
     return dims
+
+
+def _has_batch_first(node: fx.Node) -> bool:
+    """Whether rows are the first dimension of a value, and of what it is a view of."""
+    if _is_one(node.meta["val"].shape[0]):
+        return False
+    args: Any = node.args
+    rank = node.meta["val"].dim()
+    if is_op(node, "transpose"):
+        return 0 not in (args[1] % rank, args[2] % rank)
+    if is_op(node, "permute"):
+        return bool(args[1][0] % rank == 0)
+    if is_op(node, "select", "unsqueeze"):
+        ranks = rank + 1 if is_op(node, "select") else rank
+        return bool(args[1] % ranks != 0)
+    return True
 
 
 def _elementwise(node: fx.Node, part: Part) -> dict[int, int] | None:

@@ -12,6 +12,7 @@ from attnlrp_fx.heatmap.scale import level
 from attnlrp_fx.heatmap.sections import (
     Gallery,
     Grid,
+    Matrix,
     Section,
     TokenStrip,
     facts,
@@ -30,16 +31,16 @@ ALONE, BESIDE = 336, 224
 """About how many pixels across an image is drawn, alone and beside others."""
 
 
-def html_fragment(drawn: Sequence[Section | Gallery], display: Display = PLAIN) -> str:
+Drawn = Section | Gallery | Matrix
+
+
+def html_fragment(drawn: Sequence[Drawn], display: Display = PLAIN) -> str:
     """Self-contained HTML for a notebook or a page: no script, no network, everything escaped."""
-    body = "\n".join(
-        _gallery(each, display) if isinstance(each, Gallery) else _section(each, display)
-        for each in drawn
-    )
+    body = "\n".join(_drawn(each, display) for each in drawn)
     return f'<div class="attnlrp"><style>\n{stylesheet()}\n</style>\n{body}\n</div>'
 
 
-def html_document(drawn: Sequence[Section | Gallery], title: str, display: Display = PLAIN) -> str:
+def html_document(drawn: Sequence[Drawn], title: str, display: Display = PLAIN) -> str:
     """A whole page around `html_fragment`, in UTF-8."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -55,6 +56,12 @@ def html_document(drawn: Sequence[Section | Gallery], title: str, display: Displ
 def _escape(text: str) -> str:
     """Escaped for element content and for quoted attributes, encodable in UTF-8."""
     return html.escape(text.encode("utf-8", "replace").decode())
+
+
+def _drawn(drawn: Drawn, display: Display) -> str:
+    if isinstance(drawn, Matrix):
+        return _matrix(drawn)
+    return _gallery(drawn, display) if isinstance(drawn, Gallery) else _section(drawn, display)
 
 
 def _section(section: Section, display: Display) -> str:
@@ -96,6 +103,33 @@ def _strip(strip: TokenStrip, limit: float) -> str:
             f"{_escape(piece.text)}</span>"
         )
     return f'<div class="strip" dir="auto">{"".join(spans)}</div>'
+
+
+def _matrix(matrix: Matrix) -> str:
+    head = f"<h4>{_escape(visible(matrix.heading))}</h4><header>{_key(matrix.limit)}</header>"
+    tables = [_table(strips, matrix) for strips in matrix.strips]
+    return f"<section>{head}{''.join(tables)}</section>"
+
+
+def _table(strips: Sequence[TokenStrip], matrix: Matrix) -> str:
+    """One input's tokens from left to right, the targets from top to bottom."""
+    first = strips[0]
+    tokens = [piece.text for piece in pieces(first.tokens, first.spelling)]
+    columns = "".join(f"<th><span>{_escape(token)}</span></th>" for token in tokens)
+    lines = []
+    for target, strip in zip(matrix.names, strips, strict=True):
+        name = visible(target.strip() or target)
+        cells = []
+        for token, position, relevance in zip(
+            tokens, strip.positions, strip.relevance, strict=True
+        ):
+            tip = f"{name} \u2190 {token}\n{strip.name}[{position}]: {relevance:+.7g}"
+            kind = css_class(level(relevance, matrix.limit))
+            cells.append(f'<td class="t {kind}" title="{_escape(tip)}"></td>')
+        lines.append(f"<tr><th>{_escape(name)}</th>{''.join(cells)}</tr>")
+    caption = f'<div class="name dim">{_escape(first.name)}</div>' if len(matrix.strips) > 1 else ""
+    body = f"<thead><tr><th></th>{columns}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'{caption}<div class="matrix"><table>{body}</table></div>'
 
 
 def _gallery(gallery: Gallery, display: Display) -> str:

@@ -131,6 +131,31 @@ class Gallery:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One row of the batch under several targets, by name: a table with a line a target.
+
+    The sections have the same tokens. All lines of a table share one scale.
+    """
+
+    names: tuple[str, ...]
+    sections: tuple[Section, ...]
+
+    @property
+    def heading(self) -> str:
+        return replace(self.sections[0], title=f"{len(self.sections)} targets").heading
+
+    @property
+    def limit(self) -> float:
+        """The scale that all lines share: the largest finite |relevance|, 0 if there is none."""
+        return limit(section.limit for section in self.sections)
+
+    @property
+    def strips(self) -> list[tuple[TokenStrip, ...]]:
+        """By token input, one strip a target."""
+        return list(zip(*(section.strips for section in self.sections), strict=True))
+
+
 def number(value: float) -> str:
     """Four significant digits with a sign: ``+3.142``, ``0``, ``nan``."""
     return f"{value:.4g}" if value == 0 or math.isnan(value) else f"{value:+.4g}"

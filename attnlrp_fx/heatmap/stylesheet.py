@@ -43,6 +43,13 @@ white-space:pre-wrap;pointer-events:none}
 .attnlrp .t:hover::after{position:fixed;left:auto;top:auto;margin-block:4px;\
 position-anchor:--attnlrp;position-area:bottom span-right;\
 position-try-fallbacks:flip-inline,flip-block,flip-inline flip-block}}
+.attnlrp .matrix{overflow-x:auto;margin-top:6px}
+.attnlrp table{border-collapse:collapse;font-size:13px;line-height:1.3;white-space:pre}
+.attnlrp tbody th{font-weight:400;text-align:end;padding:0 8px;position:sticky;left:0;\
+background:#fff;background:light-dark(#fff,#1b1d22)}
+.attnlrp thead th{font-weight:400;vertical-align:bottom;padding:4px 0}
+.attnlrp thead span{writing-mode:vertical-rl;transform:rotate(180deg)}
+.attnlrp td{min-width:22px;height:22px;padding:0}
 .attnlrp figure{margin:10px 0 0}
 .attnlrp img{display:block;image-rendering:pixelated;max-width:100%;box-shadow:0 0 0 1px #c8ccd2;\
 box-shadow:0 0 0 1px light-dark(#c8ccd2,#4a4f59);-webkit-print-color-adjust:exact;\
