@@ -106,7 +106,7 @@ class InputChecks:
                     why=f"the model was compiled with {example.dtype}",
                     remedy=f"pass {name}.to({example.dtype})",
                 )
-        return value.to(device=device, dtype=example.dtype)
+        return value.to(device=device, dtype=example.dtype).contiguous()
 
     def _check_sizes(self, values: Mapping[str, Tensor]) -> dict[str, int]:
         """Fixed sizes are met; sizes that were one symbol are equal; nothing is empty.

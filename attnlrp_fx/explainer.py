@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -95,12 +96,31 @@ class _Forward:
     """The slots, with what relevance needs."""
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """The inputs that explanations of several targets show, spelled once."""
+
+    inputs: dict[str, Tensor]
+    spelling: Callable[[str], list[list[str]] | None]
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Tensor], labels: Labels) -> "_Shown":
+        """Inputs, each spelled when it is first asked for."""
+
+        @cache
+        def spelling(name: str) -> list[list[str]] | None:
+            return (labels.tokens(inputs, [name]) or {}).get(name)
+
+        return cls(dict(inputs), spelling)
+
+    def tokens(self, names: Iterable[str]) -> dict[str, list[list[str]]] | None:
+        """The tokens of those of some inputs that have any."""
+        found = {name: tokens for name in names if (tokens := self.spelling(name)) is not None}
+        return found or None
+
+
 class _OtherOutputs(Exception):
     """A target reads outputs that the program has no seeds for."""
-
-    def __init__(self, seeded: Iterable[int]) -> None:
-        super().__init__()
-        self.seeded = seeded
 
 
 @dataclass(frozen=True)
@@ -248,9 +268,11 @@ class ExplainableGraphModule(nn.Module):
         if not self._slices(targets):
             return self._whole()(given, target=target, check_finite=check_finite)  # type: ignore[no-any-return]
         with torch.inference_mode(False), torch.no_grad():
-            found, seeds, forward = self._explain(targets, given, given)
-        for each in seeds if check_finite else ():
-            dense = {i: _dense(seed, forward.flat[i]) for i, seed in each.items()}
+            found, forward = self._explain(targets, given, given)
+        asked = _at_the_only_position(targets) if self._sliced else targets
+        for one in asked if check_finite else ():
+            seeds = self._seed(one, forward.flat, forward.given)[1]
+            dense = {i: _dense(seed, forward.flat[i]) for i, seed in seeds.items()}
             find_non_finite(self.rewritten, self._attributes.values(device), forward.given, dense)
         return Explanations(tuple(found)) if are_several else found[0]
 
@@ -264,7 +286,7 @@ class ExplainableGraphModule(nn.Module):
         given = self._given((inputs,), {})
         shown = given if whole is None else dict(self._given((whole,), {}))
         with torch.inference_mode(False), torch.no_grad():
-            found, _, forward = self._explain(targets, given, shown)
+            found, forward = self._explain(targets, given, shown)
         scores = default_scores(self._outputs(forward.flat, given))
         return Explanations(tuple(found)), scores
 
@@ -485,28 +507,30 @@ class ExplainableGraphModule(nn.Module):
 
     def _explain(
         self, targets: Sequence[Target], given: dict[str, Tensor], whole: Mapping[str, Tensor]
-    ) -> tuple[list[Explanation], list[Seeds], _Forward]:
-        """The explanation for each target, its seeds, and the one forward pass.
+    ) -> tuple[list[Explanation], _Forward]:
+        """The explanation for each target, and the one forward pass.
 
         `whole` are the inputs to show, of which those given may be a prefix.
         """
-        device = self._attributes.device()
-        seeded = self._seeded.get(_kinds(targets)) or self._default_seeds()
-        all_given, asked = given, targets
+        kinds = _kinds(targets)
+        asked, filled = targets, given
         if self._sliced:
-            all_given = {**given, POSITIONS: self._positions(targets[0], given)}
-            asked = [replace(target, position=0) for target in targets]  # type: ignore[type-var]
-        forward = self._run_forward(seeded, all_given, device)
+            filled = {**given, POSITIONS: self._positions(targets[0], given)}
+            asked = _at_the_only_position(targets)
+        forward = self._run_forward(self._seeded.get(kinds) or self._default_seeds(), filled)
+        if kinds not in self._seeded:
+            read = {i for target in asked for i in self._seed(target, forward.flat, filled)[1]}
+            self._seeded[kinds] = tuple(sorted(read))
+            if not read <= forward.compiled.schedule.seeded.keys():
+                forward = self._run_forward(self._seeded[kinds], filled)
+        shown = _Shown.of(whole, self._options.labels)
+        last = len(asked) - 1
         try:
-            found = [
-                self._explain_one(forward, target, whole, last=number == len(asked))
-                for number, target in enumerate(asked, 1)
-            ]
-        except _OtherOutputs as other:
-            known = self._seeded.get(_kinds(targets), ())
-            self._seeded[_kinds(targets)] = tuple(sorted({*known, *other.seeded}))
+            found = [self._explain_one(forward, t, shown, i == last) for i, t in enumerate(asked)]
+        except _OtherOutputs:  # a function of the outputs may read others each time
+            del self._seeded[kinds], forward
             return self._explain(targets, given, whole)
-        return [one for one, _ in found], [seeds for _, seeds in found], forward
+        return found, forward
 
     @property
     def _sliced(self) -> tuple[int, ...]:
@@ -546,9 +570,8 @@ class ExplainableGraphModule(nn.Module):
             self._attributes.device()
         )
 
-    def _run_forward(
-        self, seeded: tuple[int, ...], given: dict[str, Tensor], device: torch.device
-    ) -> _Forward:
+    def _run_forward(self, seeded: tuple[int, ...], given: dict[str, Tensor]) -> _Forward:
+        device = self._attributes.device()
         compiled = self._compiled(seeded, device)
         attributes = self._attributes.values(device)
         self._attributes.check_dtypes(attributes)
@@ -557,35 +580,31 @@ class ExplainableGraphModule(nn.Module):
         return _Forward(compiled, attributes, given, flat, values)
 
     def _explain_one(
-        self, forward: _Forward, target: Target, whole: Mapping[str, Tensor], last: bool
-    ) -> tuple[Explanation, Seeds]:
+        self, forward: _Forward, target: Target, shown: "_Shown", last: bool
+    ) -> Explanation:
         """One target's explanation; the last one's leaves nothing for another."""
         made, flat = forward.compiled.schedule, forward.flat
         chosen, seeds = self._seed(target, flat, forward.given)
         if not seeds.keys() <= made.seeded.keys():
-            raise _OtherOutputs(seeds)
+            raise _OtherOutputs
         values = forward.values if last else forward.values.copy()
         entering = self._entering(made, seeds, flat, forward.attributes)
         read = made.run_relevance(values, entering, forward.compiled.run)
-        relevance = {n: _padded(r, whole[n]) for n, r in read.relevance.items()}
-        ledger = self._ledger(read, chosen, flat, seeds) if self._options.audit else None
-        labels = self._options.labels
-        shown = dict(whole)
-        classes, is_token = self._classes(flat, made.seeded)
-        explanation = Explanation(
-            relevance={name: relevance[name] for name in shown if name in relevance},
+        names = [name for name in shown.inputs if name in read.relevance]
+        classes, is_token = self._classes(flat, seeds)
+        return Explanation(
+            relevance={n: _padded(read.relevance[n], shown.inputs[n]) for n in names},
             outputs=pytree.tree_unflatten(list(flat), self._convention.output_spec),
             target_value=chosen.value.detach(),
             target=str(target),
-            inputs=shown,
-            tokens=labels.tokens(shown, relevance),
-            mask=labels.masks(shown, relevance),
-            ledger=ledger,
-            labels=labels.of_index(chosen.index, classes, is_token),
+            inputs=shown.inputs,
+            tokens=shown.tokens(names),
+            mask=self._options.labels.masks(shown.inputs, names),
+            ledger=self._ledger(read, chosen, flat, seeds) if self._options.audit else None,
+            labels=self._options.labels.of_index(chosen.index, classes, is_token),
             target_index=chosen.index,
             normalisation=self._options.normalisation,
         )
-        return explanation, seeds
 
     def _given(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Inputs by placeholder name, checked, where the model is."""
@@ -796,6 +815,11 @@ def _kind(target: Target) -> tuple[Any, ...]:
 
 def _kinds(targets: Sequence[Target]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(_kind(target) for target in targets))
+
+
+def _at_the_only_position(targets: Sequence[Any]) -> list[Target]:
+    """Targets of outputs of which one position is left."""
+    return [replace(target, position=0) for target in targets]
 
 
 def _padded(relevance: Tensor, whole: Tensor) -> Tensor:

@@ -109,7 +109,9 @@ def _by_prefix(
     for first in range(0, len(targets), chunk):
         some = targets[first : first + chunk]
         end = start + first + len(some)
-        prefix = {n: v[:, : end - 1].contiguous() if n in together else v for n, v in inputs.items()}
+        prefix = {
+            n: v[:, : end - 1].contiguous() if n in together else v for n, v in inputs.items()
+        }
         try:
             explained, logits = _explained(explainer, prefix, some, inputs, end - 1)
         except InputError:

@@ -34,14 +34,14 @@ RESULTS = Path(__file__).parent / "results"
 console = Console()
 
 
-def llama() -> LlamaForCausalLM:
-    """An 8-layer llama with random weights."""
+def llama(layers: int = 8) -> LlamaForCausalLM:
+    """A llama with random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=512,
         intermediate_size=1376,
-        num_hidden_layers=8,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         max_position_embeddings=2048,
     )

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import Explain
-from models import BY_NAME, ENCODER, POSITIONS, Case, Inputs, tokens, transformers_model
+from models import BY_NAME, ENCODER, HIDDEN, POSITIONS, Case, Inputs, tokens, transformers_model
 from torch import Tensor, nn
 
 import attnlrp_fx
@@ -75,11 +75,13 @@ def test_as_each_token_on_the_whole_text(name: str, chunk: int, explain: Explain
 @pytest.mark.parametrize("name", MODELS)
 def test_a_run_is_as_long_as_its_last_target_needs(name: str, explain: Explain) -> None:
     explainer = explain(BY_NAME[name], audit=False)
-    inputs = BY_NAME[name].example(1, 9, F64)
+    inputs = BY_NAME[name].example(2, 9, F64)
     length = inputs[sequence_of(inputs)].shape[1]
     with runs(explainer) as spy:
         explainer.explain_generation(inputs, start=4, chunk=2)
     assert lengths(spy) == [*range(5, length - 1, 2), length - 1]
+    given = [call.args[2] for call in spy.call_args_list]
+    assert all(v.is_contiguous() for inputs in given for v in inputs.values()), "as compiled for"
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -235,16 +237,16 @@ def test_a_text_of_one_token(explain: Explain) -> None:
         explain(BY_NAME["llama"], audit=False).explain_generation(inputs, start=1)
 
 
-@pytest.mark.parametrize("start", [1, 3, 8])
 @pytest.mark.parametrize("keep", [1, 4])
-def test_a_model_that_returns_some_positions_only(start: int, keep: int) -> None:
+def test_a_model_that_returns_some_positions_only(keep: int) -> None:
     case = BY_NAME["llama"]
     inputs = case.example(1, 9)
     explainer = attnlrp_fx.compile(
         case.model(), {**inputs, "logits_to_keep": keep}, backend="eager"
     )
-    with pytest.raises(InputError, match="compile a language model, without logits_to_keep"):
-        explainer.explain_generation(inputs, start=start, chunk=3)
+    for start in (1, 3, 8):
+        with pytest.raises(InputError, match="compile a language model, without logits_to_keep"):
+            explainer.explain_generation(inputs, start=start, chunk=3)
 
 
 def test_a_model_that_predicts_no_tokens(explain: Explain) -> None:
@@ -316,6 +318,16 @@ def test_the_end_of_a_text_is_explained_and_the_last() -> None:
     found = explain_generation(model, None, prompt, generate={"eos_token_id": end})
     assert len(found) <= 3
     assert found[-1].target_index.tolist() == [end]
+
+
+def test_positions_where_sizes_are_equal_by_chance() -> None:
+    model, prompt = BY_NAME["gpt2"].model(F64), tokens(1, HIDDEN - 4)
+    together, apart = (
+        explain_generation(model, None, prompt, max_new_tokens=4, chunk=chunk, positions=True)
+        for chunk in (16, 3)
+    )
+    assert together.inputs["input_ids"].shape[1] == HIDDEN
+    assert_equal(together, apart, 1e-12)
 
 
 def test_a_decoders_own_prompt() -> None:

@@ -1,11 +1,18 @@
 """What crosses the cut between the forward and the relevance side."""
 
+import functools
+import math
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 import attnlrp_fx
 from attnlrp_fx.codegen import Program
+from attnlrp_fx.flops import operations
+from attnlrp_fx.operators import is_cheap
+from attnlrp_fx.partition import Keeping
+from attnlrp_fx.torch_private import typical_size
 
 
 class Block(nn.Module):
@@ -72,3 +79,86 @@ def test_both_cuts_give_the_same_relevance() -> None:
     plain = attnlrp_fx.compile(model, x, backend="eager")(x)
     again = attnlrp_fx.compile(model, x, backend=unchanged)(x)  # type: ignore[arg-type]
     torch.testing.assert_close(plain.relevance["x"], again.relevance["x"], rtol=0, atol=0)
+
+
+class Attending(nn.Module):
+    """Norm, projections, attention and a nonlinearity: what is dear, and what is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.project, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.project(self.norm(x)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(parts[0], parts[1], parts[2])
+        return x + self.out(nn.functional.gelu(y.transpose(1, 2).flatten(2)))
+
+
+@functools.cache
+def attending() -> Program:
+    x = torch.randn(3, 9, 8)
+    explainer = attnlrp_fx.compile(Attending().eval(), x, backend=unchanged)  # type: ignore[arg-type]
+    (compiled,) = explainer._programs.values()
+    (found,) = compiled.schedule.programs
+    return found
+
+
+def test_a_price_of_nothing_keeps_nothing() -> None:
+    """Everything that relevance reads is computed again, once, and the rest is not."""
+    found = attending().keeping(Keeping(price=0.0))
+    assert not saved(found)
+    whole, forward, relevance = map(ops, (found.graph_module, found.forward, found.relevance))
+    attention = "aten._scaled_dot_product_flash_attention_for_cpu.default"
+    assert [each.count(attention) for each in (whole, forward, relevance)] == [1, 1, 1]
+    # The last layer's output is read by nothing.
+    products = [sum("mm" in op for op in each) for each in (whole, forward, relevance)]
+    assert products[1] + products[2] == products[0] + 1
+
+
+def test_no_price_keeps_every_product() -> None:
+    found = attending()
+    attention = "aten._scaled_dot_product_flash_attention_for_cpu.default"
+    assert ops(found.forward).count(attention) == 1
+    assert attention not in ops(found.relevance)
+    assert any("getitem" in name for name in saved(found))
+
+
+def test_more_is_kept_at_a_higher_price() -> None:
+    """Until nothing is done twice; what is kept is never larger than it need be."""
+    prices = [0.0, 1e-3, 3e-2, 0.3, 3.0, math.inf]
+    programs = [attending().keeping(Keeping(price=price)) for price in prices]
+    work = [sum(dear(p.forward)) + sum(dear(p.relevance)) for p in programs]
+    kept = [sum(sizes(p)) for p in programs]
+    assert work == sorted(work, reverse=True)
+    assert kept == sorted(kept)
+    assert kept[0] == 0 < kept[-1]
+    assert work[-1] == sum(dear(attending().rest))
+
+
+def dear(graph_module: fx.GraphModule) -> list[float]:
+    """Operations of what is no view and not elementwise."""
+    nodes = [node for node in graph_module.graph.nodes if node.op == "call_function"]
+    return [
+        typical_size(operations(node), 64)
+        for node in nodes
+        if not is_cheap(node) and isinstance(node.meta["val"], Tensor | tuple | list)
+    ]
+
+
+def sizes(program: Program) -> list[float]:
+    """The bytes of each saved value."""
+    placeholders = program.relevance.graph.find_nodes(op="placeholder")
+    values = [n.meta["val"] for n in placeholders if n.meta["part"] == "saved"]
+    return [typical_size(v.numel(), 64) * v.dtype.itemsize for v in values]
+
+
+def test_what_sizes_count_for_decides() -> None:
+    """Attention over many tokens is dear for its size, over few it is not."""
+    found = attending()
+    (x,) = [n for n in found.rest.graph.find_nodes(op="placeholder") if n.meta["part"] == "input"]
+    length = str(x.meta["val"].shape[1])
+    few, many = (
+        found.keeping(Keeping(price=0.01, sizes={length: count})) for count in (2, 100_000)
+    )
+    assert not any("getitem" in name for name in saved(few))
+    assert any("getitem" in name for name in saved(many))

@@ -1,5 +1,6 @@
 """Targets: the right value of the right output, at the right position, for each kind of model."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from models import BY_NAME, VOCABULARY
 from torch import Tensor
 
 from attnlrp_fx import Contrast, Logit, LogProb, TargetError
-from attnlrp_fx.targets import Custom, Outputs, Target, as_target
+from attnlrp_fx.targets import Custom, Outputs, Target, as_target, targets_of
 
 F64 = torch.float64
 
@@ -195,6 +196,101 @@ def test_a_row_that_is_all_padding_has_no_last_token() -> None:
 def test_functions_return_one_value_a_row(function: Any, message: str) -> None:
     with pytest.raises(TargetError, match=message):
         as_target(function).choose(outputs(logits=SCORES))
+
+
+# Several
+
+
+COLUMNS = torch.tensor([[1, 0, 3], [2, 2, 0]])
+"""(batch, M)."""
+
+
+def columns(targets: list[Any], *names: str) -> list[list[Any]]:
+    return [[torch.as_tensor(getattr(t, name)).tolist() for name in names] for t in targets]
+
+
+def test_one_target_is_not_several() -> None:
+    for target in (3, Logit(3), Logit([0, 1]), Logit(COLUMNS[:, 0]), LogProb(), len):
+        assert targets_of(target, Logit()) == ([as_target(target)], False)
+    assert targets_of(None, LogProb(2)) == ([LogProb(2)], False)
+
+
+def test_several_in_a_list() -> None:
+    given = [3, Contrast(1, against=0), len, None]
+    for several in (given, tuple(given)):
+        assert targets_of(several, LogProb(2)) == (
+            [Logit(3), Contrast(1, against=0), Custom(len), Logit()],
+            True,
+        )
+    assert targets_of([3], Logit()) == ([Logit(3)], True)
+
+
+@pytest.mark.parametrize("kind", [Logit, Contrast, LogProb])
+def test_several_by_a_tensor(kind: Any) -> None:
+    found, are_several = targets_of(kind(COLUMNS, output="logits"), Logit())
+    assert are_several
+    assert all(type(target) is kind and target.output == "logits" for target in found)
+    assert columns(found, "index") == [[[1, 2]], [[0, 2]], [[3, 0]]]
+    one, are_several = targets_of(kind(COLUMNS[:, :1]), Logit())
+    assert are_several
+    assert columns(one, "index") == [[[1, 2]]]
+
+
+def test_several_positions() -> None:
+    found, _ = targets_of(Logit([5, 6], position=COLUMNS), Logit())
+    assert columns(found, "index", "position") == [[[5, 6], c] for c in COLUMNS.T.tolist()]
+    both, _ = targets_of(Logit(COLUMNS + 1, position=COLUMNS), Logit())
+    assert columns(both, "index", "position") == [
+        [[i + 1 for i in c], c] for c in COLUMNS.T.tolist()
+    ]
+
+
+def test_the_default_may_be_several() -> None:
+    assert len(targets_of(None, Logit(COLUMNS))[0]) == 3
+
+
+def test_a_target_of_ones_own_may_be_several() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Doubled:
+        index: Any
+        factor: float = 2.0
+
+        def choose(self, outputs: Outputs) -> Any:
+            chosen = Logit(self.index).choose(outputs)
+            return dataclasses.replace(chosen, value=self.factor * chosen.value, seeds=())
+
+    found, are_several = targets_of(Doubled(COLUMNS, factor=3.0), Logit())
+    assert are_several
+    assert [one.factor for one in found] == [3.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("target", [[], (), Logit(COLUMNS[:, :0])], ids=str)
+def test_none_is_an_error(target: Any) -> None:
+    with pytest.raises(TargetError, match="there is no target to explain"):
+        targets_of(target, Logit())
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (
+            Logit(COLUMNS, position=COLUMNS[:, :2]),
+            r"unlike numbers of targets: index \(2, 3\), position \(2, 2\)",
+        ),
+        ([Logit(1), "positive"], "cannot be made from a str"),
+        ([[1, 2]], "cannot be made from a list"),
+    ],
+    ids=str,
+)
+def test_several_that_make_no_sense(target: Any, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        targets_of(target, Logit())
+
+
+def test_several_for_another_batch() -> None:
+    found, _ = targets_of(Logit(torch.zeros(5, 3, dtype=torch.int64)), Logit())
+    with pytest.raises(TargetError, match=r"index has shape \(5,\)"):
+        found[0].choose(outputs(logits=SCORES))
 
 
 # On models
