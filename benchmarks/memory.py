@@ -15,7 +15,6 @@ own, since the peer patches the model for as long as it is timed.
 import json
 import os
 import platform
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -82,20 +81,13 @@ def measure(
     model = llama(layers, tokens).to(device=device, dtype=getattr(torch, dtype))
     inputs = text(model.config.vocab_size, tokens, device)
     explainers: dict[str, ExplainableGraphModule] = {}
-    ready: dict[str, float] = {}
-
-    def add(name: str, memory: str | int) -> None:
-        start = time.perf_counter()
-        explainers[name] = compiled(model, inputs, memory, backend)
-        ready[name] = time.perf_counter() - start
-
     for memory in ("fast", "balanced", "small"):
-        add(f"ours, {memory}", memory)
+        explainers[f"ours, {memory}"] = compiled(model, inputs, memory, backend)
     predicted = {name: larger_peak(each, inputs) for name, each in explainers.items()}
     # Unless asked for, half of the way between what is least and what is fast.
     allowed = budget or (predicted[FAST] + predicted[SMALL]) // 2
     within = f"ours, {allowed // 2**20} MiB"
-    add(within, allowed)
+    explainers[within] = compiled(model, inputs, allowed, backend)
     predicted[within] = larger_peak(explainers[within], inputs)
     ours: dict[str, Callable[[], Any]] = {
         name: partial(explainer, inputs) for name, explainer in explainers.items()
@@ -118,7 +110,6 @@ def measure(
             "seconds": seconds[name],
             "operations": operations.get(name),
             "difference": difference(expected, ours[name]()) if name in ours else None,
-            "ready_seconds": ready.get(name),
         }
         for name in (FORWARD, PEER, *ours)
     ]
@@ -149,7 +140,6 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         "seconds",
         "/ fast",
         "operations / fast",
-        "ready after (s)",
     ):
         table.add_column(column, justify="right")
     for row in rows:
@@ -162,7 +152,6 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
             f"{row['seconds']:.2f}",
             f"{row['seconds'] / fast['seconds']:.2f}",
             "" if operations is None else f"{operations / fast['operations']:.2f}",
-            "" if row["ready_seconds"] is None else f"{row['ready_seconds']:.0f}",
         )
     console.print(table)
     peak = small["measured_peak"] / fast["measured_peak"]
