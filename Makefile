@@ -36,7 +36,7 @@ imports: $(VENV)/.installed  ## Check that layers import downwards only.
 	$(BIN)/lint-imports --no-logo
 
 pytest: $(VENV)/.installed  ## Run the tests and the doctests of README and docstrings.
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 clean:  ## Remove the environment and caches.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

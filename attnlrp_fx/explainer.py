@@ -30,7 +30,7 @@ from attnlrp_fx.labels import Labels
 from attnlrp_fx.ledger import Ledger, read_ledger
 from attnlrp_fx.mapping import Mapped, map_dataset
 from attnlrp_fx.masking import Masked
-from attnlrp_fx.memory import Memory, planned
+from attnlrp_fx.memory import Memory, MemoryPlan, planned
 from attnlrp_fx.operators import outputs_of, placeholders_of
 from attnlrp_fx.partition import Keeping
 from attnlrp_fx.passes import PassContext
@@ -43,13 +43,13 @@ from attnlrp_fx.tape import Channel
 from attnlrp_fx.targets import (
     Chosen,
     Outputs,
-    Seed,
     Target,
     TargetLike,
     TargetsLike,
     as_target,
     at_one_position,
     default_scores,
+    dense,
     outputs_as_seen,
     positions_of,
     targets_of,
@@ -272,8 +272,8 @@ class ExplainableGraphModule(nn.Module):
         asked = _at_the_only_position(targets) if self._sliced else targets
         for one in asked if check_finite else ():
             seeds = self._seed(one, forward.flat, forward.given)[1]
-            dense = {i: _dense(seed, forward.flat[i]) for i, seed in seeds.items()}
-            find_non_finite(self.rewritten, self._attributes.values(device), forward.given, dense)
+            whole = {i: dense(seed, forward.flat[i]) for i, seed in seeds.items()}
+            find_non_finite(self.rewritten, self._attributes.values(device), forward.given, whole)
         return Explanations(tuple(found)) if are_several else found[0]
 
     def explain_many(
@@ -502,7 +502,7 @@ class ExplainableGraphModule(nn.Module):
         seeded, own = self._default_seeds(), self._attributes.device()
         wanted = own if device is None else torch.device(device)
         same = wanted == own
-        found = self._compiled(seeded, own).schedule if same else self._schedule(seeded, wanted)
+        found = self._compiled(seeded, own).schedule if same else self._planned(seeded, wanted)[0]
         return schedule_cost(found, given)
 
     def _explain(
@@ -517,11 +517,12 @@ class ExplainableGraphModule(nn.Module):
         if self._sliced:
             filled = {**given, POSITIONS: self._positions(targets[0], given)}
             asked = _at_the_only_position(targets)
-        forward = self._run_forward(self._seeded.get(kinds) or self._default_seeds(), filled)
+        seeded = self._seeded.get(kinds) or self._default_seeds()
+        forward = self._run_forward(seeded, filled)
         if kinds not in self._seeded:
             read = {i for target in asked for i in self._seed(target, forward.flat, filled)[1]}
-            self._seeded[kinds] = tuple(sorted(read))
-            if not read <= forward.compiled.schedule.seeded.keys():
+            self._seeded[kinds] = seeded if read <= set(seeded) else tuple(sorted(read))
+            if self._seeded[kinds] != seeded:
                 forward = self._run_forward(self._seeded[kinds], filled)
         shown = _Shown.of(whole, self._options.labels)
         last = len(asked) - 1
@@ -678,7 +679,7 @@ class ExplainableGraphModule(nn.Module):
         for i, node in made.seeded.items():
             head = head_of(outputs[i]) if node is not outputs[i] else None
             if head is None:
-                found.append(_dense(seeds.get(i, ()), flat[i]))
+                found.append(dense(seeds.get(i, ()), flat[i]))
             else:
                 found.append(head.pull(seeds.get(i, ()), attributes[head.weight], flat[i]))
         return found
@@ -707,12 +708,7 @@ class ExplainableGraphModule(nn.Module):
         stage = self._options.on_stage or (lambda text: None)
         stage("tracing the program")
         start = time.perf_counter()
-        made, plan = planned(
-            self._schedule(seeded, device),
-            self._options.memory,
-            self._example_of_budget(),
-            self._keeping(),
-        )
+        made, plan = self._planned(seeded, device)
         backend = "eager" if device.type == "meta" else self._options.backend
         traced = time.perf_counter()
         stage("compiling the program")
@@ -739,6 +735,13 @@ class ExplainableGraphModule(nn.Module):
             )
         )
         return _Compiled(made, runnables, derived)
+
+    def _planned(
+        self, seeded: tuple[int, ...], device: torch.device
+    ) -> tuple[Schedule, MemoryPlan | None]:
+        """The programs, keeping as much as the options ask for."""
+        made, memory = self._schedule(seeded, device), self._options.memory
+        return planned(made, memory, self._example_of_budget(), self._keeping())
 
     def _schedule(self, seeded: tuple[int, ...], device: torch.device) -> Schedule:
         """Trace the programs for some seeds on a device."""
@@ -792,8 +795,8 @@ class ExplainableGraphModule(nn.Module):
         # As the reverse pass meets them: from the target to the inputs.
         nodes = [node for node in reversed(self.rewritten.graph.nodes) if node.name in read.sums]
         sums = [read.sums[node.name] for node in nodes]
-        dense = {i: _dense(seed, flat[i]) for i, seed in seeds.items()}
-        seeded = sum(float((flat[i].double() * seed.double()).sum()) for i, seed in dense.items())
+        whole = {i: dense(seed, flat[i]) for i, seed in seeds.items()}
+        seeded = sum(float((flat[i].double() * seed.double()).sum()) for i, seed in whole.items())
         return read_ledger(
             nodes,
             torch.stack(sums) if sums else torch.zeros(0, 3),
@@ -832,13 +835,6 @@ def _padded(relevance: Tensor, whole: Tensor) -> Tensor:
 
 def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
-
-
-def _dense(seeds: Sequence[Seed] | Tensor, output: Tensor) -> Tensor:
-    """A gradient in the shape of its output."""
-    if isinstance(seeds, Tensor):
-        return seeds
-    return sum((seed.dense(output) for seed in seeds), start=torch.zeros_like(output))
 
 
 def _seed_port(output: int, node: fx.Node) -> Port:

@@ -36,7 +36,8 @@ class Keeping:
     """What the forward side keeps for the relevance side, and what is computed again."""
 
     elementwise: bool = True
-    """Whether elementwise ops may be computed on both sides; views always may."""
+    """Whether elementwise ops may be computed on both sides; views, and values that take twice the
+    bytes of what they are made of, always may."""
     price: float = math.inf
     """How many bytes an operation is worth that need not be done twice: at infinity products,
     reductions and attention are done once; at 0 nothing is kept but what regions hand on."""
@@ -196,7 +197,7 @@ def _price(node: fx.Node, keeping: Keeping) -> float:
         # A part of several outputs costs what their op does.
         apart = node.target is operator.getitem and keeping.price == math.inf
         return math.inf if apart else 0.0
-    if keeping.elementwise and is_cheap(node):
+    if is_cheap(node) and (keeping.elementwise or _widens(node, keeping.sizes)):
         return 0.0
     if keeping.price in (0.0, math.inf):
         return keeping.price
@@ -210,6 +211,12 @@ def _further_input(graph: fx.Graph, part: str, node: fx.Node) -> fx.Node:
     name = f"{part}:{node.name}"
     new.meta = {"val": fresh(node.meta["val"]), "name": name, "part": part}
     return new
+
+
+def _widens(node: fx.Node, sizes: Mapping[str, int]) -> bool:
+    """Whether a value takes twice the bytes of what it is made of, as a mask of floats does."""
+    made_of = [leaf for leaf in node.all_input_nodes if isinstance(leaf.meta.get("val"), Tensor)]
+    return _bytes(node, sizes) >= 2 * sum(_bytes(leaf, sizes) for leaf in made_of) > 0
 
 
 def _extract(

@@ -85,6 +85,13 @@ class Seed:
         return found.reshape(output.shape).to(output.dtype)
 
 
+def dense(seeds: Sequence[Seed] | Tensor, output: Tensor) -> Tensor:
+    """A gradient in the shape of its output, of seeds or as it is."""
+    if isinstance(seeds, Tensor):
+        return seeds
+    return sum((seed.dense(output) for seed in seeds), start=torch.zeros_like(output))
+
+
 @dataclass(frozen=True)
 class Chosen:
     """A target evaluated on outputs."""

@@ -40,6 +40,7 @@ from attnlrp_fx.capture import capture
 from attnlrp_fx.codegen import EmitOptions
 from attnlrp_fx.composites import COMPOSITES
 from attnlrp_fx.cost import FORMULAS, schedule_cost
+from attnlrp_fx.operators import outputs_of
 from attnlrp_fx.passes import PassContext, run_passes
 from attnlrp_fx.regions import regions_of
 from attnlrp_fx.schedule import schedule
@@ -206,10 +207,11 @@ def measure(name: str, tokens: int, dtype: torch.dtype) -> Row:
     run_passes(rewritten, PassContext(None, COMPOSITES["attnlrp"], "error"))
     stage("rewritten")
     attributes = Attributes(model, rewritten).values()
+    explained = captured.output_names.index("logits")
     programs = schedule(
         rewritten,
         regions_of(rewritten, attributes),
-        (captured.output_names.index("logits"),),
+        {explained: outputs_of(rewritten.graph)[explained]},
         attributes,
         EmitOptions(device=CPU, captured_device=META),
     )

@@ -66,7 +66,7 @@ from attnlrp_fx.passes import (
     run_passes,
 )
 from attnlrp_fx.tape import Tape
-from attnlrp_fx.targets import Logit, Outputs
+from attnlrp_fx.targets import Logit, Outputs, dense
 
 RESULTS = Path(__file__).parent / "results"
 EXACT, CAST = 1e-8, 1e-5
@@ -220,7 +220,8 @@ def on_tape(explainer: ExplainableGraphModule, inputs: Inputs) -> tuple[dict[str
     with torch.no_grad():
         tape = Tape(rewritten, explainer._attributes.values(device))
         flat = tape.run(*values)
-        chosen, seeds = explainer._seed(explainer._target, flat, given)
+        chosen, found = explainer._seed(explainer._target, flat, given)
+        seeds = {i: dense(seed, flat[i]) for i, seed in found.items()}
         outputs = rewritten.graph.output_node().args[0]
         read = tape.reverse({outputs[i]: seed for i, seed in seeds.items()}, audit=True)
     nodes = {node.name: node for node in rewritten.graph.nodes}

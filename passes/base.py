@@ -23,10 +23,10 @@ class PassContext:
     """The composite that assigns rules."""
     fallback: str = "error"
     """What becomes of an op that no rule claims: "error" or "gradient"."""
-    sliced: tuple[int, ...] = ()
-    """Flat outputs (batch, sequence, classes) of which the target's position alone is returned."""
     positions: bool = False
     """Whether positions are explained with the tokens that stand there, or constant."""
+    sliced: tuple[int, ...] = ()
+    """Flat outputs (batch, sequence, classes) of which the target's position alone is returned."""
 
 
 @dataclass

@@ -137,14 +137,20 @@ def test_cp_lrp_conserves_without_biases(case: Case, explain: Explain) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_program_is_the_eager_tape(case: Case, explain: Explain) -> None:
-    """Exactly, at the example's sizes and at others, relevance and ledger; nothing recompiles."""
+    """At the example's sizes and at others, relevance and ledger; nothing recompiles.
+
+    To the last digits: what a region hands on is contiguous, and kernels may add in another order.
+    """
     explainer = explain(case)
     for batch, length in SIZES:
         inputs = case.example(batch, length, F64)
         explanation, oracle = explainer(**inputs), on_tape(explainer, case, inputs)
         assert explanation.relevance.keys() == oracle.relevance.keys()
         for name, relevance in explanation.relevance.items():
-            torch.testing.assert_close(relevance, oracle.relevance[name], rtol=0, atol=0)
+            scale = max(1e-3, float(oracle.relevance[name].abs().max()))
+            torch.testing.assert_close(
+                relevance, oracle.relevance[name], rtol=0, atol=1e-13 * scale
+            )
         size = max(1.0, *(float(sums.abs().max()) for sums in oracle.sums.values()))
         for entry in explanation.ledger.entries[:-1]:
             found = torch.tensor([entry.received, entry.passed, entry.absorbed], dtype=F64)

@@ -182,7 +182,7 @@ def at_the_end(outputs: Any) -> Tensor:
         (Logit(7, position=-1), len(set(LENGTHS))),
         (at_the_end, len(set(LENGTHS))),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_one_target_for_all(target: Any, batches: int, explain: Explain) -> None:
     """A target that may read padding gets none."""

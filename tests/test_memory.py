@@ -299,10 +299,16 @@ def test_attention_is_computed_again(name: str) -> None:
             assert sum("attention" in op for op in forward) >= len(backward)
 
 
-@pytest.mark.parametrize(("name", "kept"), KEPT)
-def test_nothing_grows_with_the_square_of_the_length(name: str, kept: str) -> None:
-    """No block keeps length × length; a stem may, once, as T5's keeps its table of distances."""
-    schedule = schedule_of(explainer(name, kept))
+@pytest.mark.parametrize(
+    ("name", "kept", "backend"),
+    [*((name, kept, unchanged) for name, kept in KEPT), ("llama", "fast", "eager")],
+)
+def test_nothing_grows_with_the_square_of_the_length(name: str, kept: str, backend: Any) -> None:
+    """No block keeps length × length; a stem may, once, as T5's keeps its table of distances.
+
+    Nor does one that runs op by op: a mask of floats is made of booleans again.
+    """
+    schedule = schedule_of(explainer(name, kept, backend=backend))
     counts = collections.Counter(id(program) for program in schedule.programs)
     batch = {str(value.shape[0]) for value in explainer(name)._checks.examples.values()}
     for number, node in saved(schedule):
@@ -408,6 +414,15 @@ def test_a_model_without_memory() -> None:
     with mock.patch.object(regions, "LEAST_SAVED", 24):
         bare = attnlrp_fx.compile(model, X.to("meta"), target=1, backend=unchanged, memory="small")
     assert plan_of(bare) == plan_of(found)
+
+
+def test_what_another_device_would_take() -> None:
+    """`cost` plans for it as compiling there would."""
+    found = blocks(memory="small")
+    with mock.patch.object(regions, "LEAST_SAVED", 24):
+        model = stack(*(Block() for _ in range(4))).to("meta")
+        bare = attnlrp_fx.compile(model, X.to("meta"), target=1, backend=unchanged, memory="small")
+        assert bare.cost(X, device="cpu") == found.cost(X)
 
 
 def test_changes_show_at_once() -> None:
