@@ -12,13 +12,14 @@ from attnlrp_fx.backends import Backend, backend_named
 from attnlrp_fx.capture import Captured, Inputs, capture
 from attnlrp_fx.composites import Composite, composite_named
 from attnlrp_fx.errors import InputError
-from attnlrp_fx.explainer import ExplainableGraphModule, ExplainerOptions, Stage
+from attnlrp_fx.explainer import ExplainableGraphModule, ExplainerOptions
 from attnlrp_fx.explanation import Explanation
 from attnlrp_fx.explanations import Explanations
 from attnlrp_fx.heatmap import Normalisation
 from attnlrp_fx.labels import Labels
 from attnlrp_fx.memory import Memory, check_memory
 from attnlrp_fx.passes import PIPELINE, Pass, PassContext
+from attnlrp_fx.programs import ProgramOptions, Stage
 from attnlrp_fx.rewriting import rewrite
 from attnlrp_fx.targets import Target, TargetLike, as_target, outputs_as_seen
 
@@ -124,15 +125,10 @@ def compile(
     rewriting = rewrite(captured, context, passes)
     module = captured.graph_module if isinstance(model, ExportedProgram) else model
     options = ExplainerOptions(
-        backend=backend,
+        programs=ProgramOptions(backend, audit, derived_weights, memory, regions, on_stage),
         target=wanted,
-        audit=audit,
-        derived_weights=derived_weights,
-        memory=memory,
-        regions=regions,
         labels=Labels(tokenizer, getattr(getattr(model, "config", None), "id2label", None)),
         normalisation=normalisation,
-        on_stage=on_stage,
     )
     explainer = ExplainableGraphModule(module, captured, rewriting, options, seconds)
     return explainer.prepare()

@@ -1,6 +1,5 @@
 """The explainable graph module: one compiled program, many explanations."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -12,34 +11,29 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from attnlrp_fx import ops
-from attnlrp_fx.attributes import Attributes, Derived
-from attnlrp_fx.backends import Backend, Runnable, compile_graph
+from attnlrp_fx.attributes import Attributes
 from attnlrp_fx.batching import Targets
 from attnlrp_fx.capture import Captured, flat_inputs
 from attnlrp_fx.checks import InputChecks, find_non_finite
-from attnlrp_fx.codegen import EmitOptions, Port, emit
 from attnlrp_fx.composites import Composite, composite_named
 from attnlrp_fx.cost import Cost, schedule_cost
-from attnlrp_fx.errors import InputError, TargetError
+from attnlrp_fx.errors import InputError
 from attnlrp_fx.explanation import Explanation
 from attnlrp_fx.explanations import Explanations
 from attnlrp_fx.generation import explain_generation
-from attnlrp_fx.heads import head_of
 from attnlrp_fx.heatmap import Normalisation
 from attnlrp_fx.labels import Labels
 from attnlrp_fx.ledger import Ledger, read_ledger
 from attnlrp_fx.mapping import Mapped, map_dataset
 from attnlrp_fx.masking import Masked
-from attnlrp_fx.memory import Memory, MemoryPlan, planned
-from attnlrp_fx.operators import outputs_of, placeholders_of
-from attnlrp_fx.partition import Keeping
+from attnlrp_fx.operators import outputs_of
 from attnlrp_fx.passes import PassContext
 from attnlrp_fx.passes.slice_targets import POSITIONS
-from attnlrp_fx.regions import regions_of
-from attnlrp_fx.report import Compilation, Report
+from attnlrp_fx.programs import Compiled, ProgramOptions, Programs
+from attnlrp_fx.report import Report
 from attnlrp_fx.rewriting import Rewriting, rewrite
-from attnlrp_fx.schedule import Derivation, Read, Schedule, Step, Values, schedule
-from attnlrp_fx.tape import Channel
+from attnlrp_fx.schedule import Read, Values
+from attnlrp_fx.seeding import Seeds, entering, kinds_of, seeds_of
 from attnlrp_fx.targets import (
     Chosen,
     Outputs,
@@ -56,38 +50,24 @@ from attnlrp_fx.targets import (
 )
 from attnlrp_fx.torch_private import typical_size
 
-Stage = Callable[[str], None]
-Seeds = dict[int, Any]
-"""By flat output a target's gradient: a list of `Seed`, or a tensor of the output's shape."""
-
 
 @dataclass(frozen=True)
 class ExplainerOptions:
     """How programs are compiled and what they return."""
 
-    backend: str | Backend = "inductor"
+    programs: ProgramOptions = field(default_factory=ProgramOptions)
     target: Target | None = None
     """The default target of calls; None: the highest logit of the last token."""
-    audit: bool = False
-    """Whether programs return the ledger."""
-    derived_weights: str = "recompute"
-    """What becomes of values made of parameters alone: "recompute" or "keep"."""
-    memory: Memory = "fast"
-    """How much of the forward side is kept for the relevance side."""
-    regions: bool = True
-    """Whether repeated blocks are compiled once; otherwise everything is one program."""
     labels: Labels = field(default_factory=Labels)
     normalisation: Normalisation | None = None
     """What explanations undo to show an image."""
-    on_stage: Stage | None = None
-    """Told what is being done, for progress displays."""
 
 
 @dataclass(frozen=True)
 class _Forward:
     """A forward pass that has been run, from which any number of targets can be explained."""
 
-    compiled: "_Compiled"
+    compiled: Compiled
     attributes: Mapping[str, Tensor]
     given: dict[str, Tensor]
     flat: list[Any]
@@ -123,29 +103,6 @@ class _OtherOutputs(Exception):
     """A target reads outputs that the program has no seeds for."""
 
 
-@dataclass(frozen=True)
-class _Compiled:
-    """A schedule whose programs can be run."""
-
-    schedule: Schedule
-    runnables: Mapping[fx.GraphModule, Runnable]
-    derived: tuple[tuple[Derived, Mapping[str, int]], ...]
-    """What regions keep of values made of parameters alone, and the slots where they go."""
-
-    def start(self, attributes: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Values:
-        """Slots that hold all that is given."""
-        values = self.schedule.start(attributes, inputs)
-        for derived, slots in self.derived:
-            for name, value in derived.values(attributes).items():
-                values[slots[name]] = value
-        return values
-
-    def run(self, step: Step, arguments: Sequence[Any], values: Values) -> Sequence[Any]:
-        """One step."""
-        results: Sequence[Any] = self.runnables[step.graph_module](*arguments)
-        return results
-
-
 class ExplainableGraphModule(nn.Module):
     """A model compiled to explain itself: call it with the model's inputs.
 
@@ -172,7 +129,7 @@ class ExplainableGraphModule(nn.Module):
         self._graphs = {"captured": captured.graph_module, "rewritten": rewritten}
         self._convention = captured
         self._rewriting = rewriting
-        backend = options.backend
+        backend = options.programs.backend
         self._report = Report(
             composite=rewriting.context.composite.name,
             backend=backend if isinstance(backend, str) else getattr(backend, "__name__", "custom"),
@@ -187,10 +144,10 @@ class ExplainableGraphModule(nn.Module):
         self._target = options.target or as_target(None)
         self._attributes = Attributes(model, rewritten)
         self._checks = InputChecks(rewritten, captured.constants, (POSITIONS,))
-        self._captured_device = self._attributes.device()
-        self._programs: dict[tuple[tuple[int, ...], torch.device], _Compiled] = {}
+        self._programs = Programs(
+            rewritten, captured, self._attributes, options.programs, self._report.compilations
+        )
         self._siblings: list[ExplainableGraphModule] = []
-        self._flat: dict[torch.device, fx.GraphModule] = {}
         self._seeded: dict[Any, tuple[int, ...]] = {}
         self.eval()
 
@@ -211,18 +168,12 @@ class ExplainableGraphModule(nn.Module):
         Where blocks repeat, what runs is a program for each distinct one, see `report()`; this is
         all of them, traced together when first asked for.
         """
-        device = self._attributes.device()
-        if device not in self._flat:
-            outputs = outputs_of(self.rewritten.graph)
-            seeds = [_seed_port(i, outputs[i]) for i in self._default_seeds()]
-            values, options = self._attributes.values(), self._emit_options(device)
-            self._flat[device] = emit(self.rewritten, seeds, values, options).graph_module
-        return self._flat[device]
+        return self._programs.flat(self._default_seeds(), self._attributes.device())
 
     @property
     def compilations(self) -> int:
         """How many programs have been compiled so far."""
-        return len(self._programs)
+        return len(self._programs.compiled)
 
     def report(self) -> Report:
         """What each pass did, each rule's count, ops that fell through, what was compiled."""
@@ -258,7 +209,7 @@ class ExplainableGraphModule(nn.Module):
             NonFiniteError: only with check_finite.
         """
         device = self._attributes.device()
-        if device.type == "meta" and (check_finite or self._options.audit):
+        if device.type == "meta" and (check_finite or self._options.programs.audit):
             raise InputError(
                 "the model is on the meta device: there are no values to add up or to check",
                 remedy='give it values: model.to_empty(device="cpu"), then load_state_dict',
@@ -427,7 +378,7 @@ class ExplainableGraphModule(nn.Module):
                     f"'{name}' is not explained, so nothing of it can be zero",
                     remedy=f"choose from: {', '.join(sorted(map(str, sources)))}",
                 )
-        moved = device if device != self._captured_device else None
+        moved = device if device != self._programs.captured_device else None
         with torch.no_grad():
             attributes = self._attributes.values(device)
             flat = Masked(self.rewritten, keep or {}, attributes, moved).run(*given.values())
@@ -436,7 +387,7 @@ class ExplainableGraphModule(nn.Module):
 
     def prepare(self) -> "ExplainableGraphModule":
         """Compile the program of the default target now rather than at the first call."""
-        self._compiled(self._default_seeds(), self._attributes.device())
+        self._programs.compile(self._default_seeds(), self._attributes.device())
         return self
 
     def with_composite(self, composite: str | Composite) -> "ExplainableGraphModule":
@@ -463,7 +414,9 @@ class ExplainableGraphModule(nn.Module):
         made = ExplainableGraphModule(
             self.model, self._convention, rewriting, self._options, seconds
         )
-        made._captured_device = self._captured_device  # the model may have moved since
+        made._programs.captured_device = (
+            self._programs.captured_device
+        )  # the model may have moved since
         return made
 
     def refresh(self) -> None:
@@ -472,9 +425,7 @@ class ExplainableGraphModule(nn.Module):
         Needed only with `derived_weights="keep"`, after writing to parameters in a way that
         PyTorch does not count: through `.data`, or from outside of PyTorch.
         """
-        for compiled in self._programs.values():
-            for derived, _ in compiled.derived:
-                derived.forget()
+        self._programs.forget_derived()
 
     def cost(self, *args: Any, device: torch.device | str | None = None, **inputs: Any) -> Cost:
         """What explaining a batch takes, in operations and memory; nothing is computed.
@@ -502,7 +453,11 @@ class ExplainableGraphModule(nn.Module):
         seeded, own = self._default_seeds(), self._attributes.device()
         wanted = own if device is None else torch.device(device)
         same = wanted == own
-        found = self._compiled(seeded, own).schedule if same else self._planned(seeded, wanted)[0]
+        found = (
+            self._programs.compile(seeded, own).schedule
+            if same
+            else self._programs.planned(seeded, wanted)[0]
+        )
         return schedule_cost(found, given)
 
     def _explain(
@@ -512,7 +467,7 @@ class ExplainableGraphModule(nn.Module):
 
         `whole` are the inputs to show, of which those given may be a prefix.
         """
-        kinds = _kinds(targets)
+        kinds = kinds_of(targets)
         asked, filled = targets, given
         if self._sliced:
             filled = {**given, POSITIONS: self._positions(targets[0], given)}
@@ -573,7 +528,7 @@ class ExplainableGraphModule(nn.Module):
 
     def _run_forward(self, seeded: tuple[int, ...], given: dict[str, Tensor]) -> _Forward:
         device = self._attributes.device()
-        compiled = self._compiled(seeded, device)
+        compiled = self._programs.compile(seeded, device)
         attributes = self._attributes.values(device)
         self._attributes.check_dtypes(attributes)
         values = compiled.start(attributes, given)
@@ -589,8 +544,8 @@ class ExplainableGraphModule(nn.Module):
         if not seeds.keys() <= made.seeded.keys():
             raise _OtherOutputs
         values = forward.values if last else forward.values.copy()
-        entering = self._entering(made, seeds, flat, forward.attributes)
-        read = made.run_relevance(values, entering, forward.compiled.run)
+        arriving = entering(made, seeds, flat, forward.attributes)
+        read = made.run_relevance(values, arriving, forward.compiled.run)
         names = [name for name in shown.inputs if name in read.relevance]
         classes, is_token = self._classes(flat, seeds)
         return Explanation(
@@ -601,7 +556,9 @@ class ExplainableGraphModule(nn.Module):
             inputs=shown.inputs,
             tokens=shown.tokens(names),
             mask=self._options.labels.masks(shown.inputs, names),
-            ledger=self._ledger(read, chosen, flat, seeds) if self._options.audit else None,
+            ledger=self._ledger(read, chosen, flat, seeds)
+            if self._options.programs.audit
+            else None,
             labels=self._options.labels.of_index(chosen.index, classes, is_token),
             target_index=chosen.index,
             normalisation=self._options.normalisation,
@@ -626,63 +583,8 @@ class ExplainableGraphModule(nn.Module):
     def _seed(
         self, target: Target, flat: Sequence[Any], given: Mapping[str, Tensor]
     ) -> tuple[Chosen, Seeds]:
-        """The target, and its gradient with respect to each output that it reads.
-
-        Raises:
-            TargetError: it reads none, or one that nothing explained leads to.
-        """
-        chosen = target.choose(self._outputs(flat, given))
-        names = self._convention.output_names
-        seeds: Seeds = {}
-        for seed in chosen.seeds:
-            seeds.setdefault(names.index(seed.output), []).append(seed)
-        if not seeds:
-            chosen, seeds = self._differentiated(target, flat, given)
-        outputs = outputs_of(self.rewritten.graph)
-        for i in seeds:
-            if not ops.is_explained(outputs[i]):
-                raise TargetError(
-                    f"output '{names[i]}' does not depend on what is explained",
-                    remedy="choose another output, or explain other inputs",
-                )
-        return chosen, seeds
-
-    def _differentiated(
-        self, target: Target, flat: Sequence[Any], given: Mapping[str, Tensor]
-    ) -> tuple[Chosen, Seeds]:
-        """A target that does not know its own gradient, and its gradient."""
-        with torch.enable_grad():
-            watched = list(flat)
-            floating = [i for i, v in enumerate(flat) if _is_floating(v)]
-            for i in floating:
-                watched[i] = flat[i].detach().requires_grad_()
-            chosen = target.choose(self._outputs(watched, given))
-            if not chosen.value.requires_grad:
-                raise TargetError(
-                    "the target does not depend on the model's floating outputs",
-                    where=str(target),
-                    remedy="compute it from them, without detaching",
-                )
-            leaves = [watched[i] for i in floating]
-            found = torch.autograd.grad(chosen.value.sum(), leaves, allow_unused=True)
-        return chosen, {i: s for i, s in zip(floating, found, strict=True) if s is not None}
-
-    def _entering(
-        self,
-        made: Schedule,
-        seeds: Seeds,
-        flat: Sequence[Any],
-        attributes: Mapping[str, Tensor],
-    ) -> list[Tensor]:
-        """The seed of each explained output where it enters: there, or behind its head."""
-        outputs, found = outputs_of(self.rewritten.graph), []
-        for i, node in made.seeded.items():
-            head = head_of(outputs[i]) if node is not outputs[i] else None
-            if head is None:
-                found.append(dense(seeds.get(i, ()), flat[i]))
-            else:
-                found.append(head.pull(seeds.get(i, ()), attributes[head.weight], flat[i]))
-        return found
+        """The target, and its gradient with respect to each output that it reads."""
+        return seeds_of(target, self.rewritten, self._convention, flat, given)
 
     def _outputs(self, flat: Sequence[Any], given: Mapping[str, Tensor]) -> Outputs:
         """The flat outputs as a target sees them."""
@@ -690,101 +592,13 @@ class ExplainableGraphModule(nn.Module):
 
     def _default_seeds(self) -> tuple[int, ...]:
         """The outputs that the default target reads, found on the example's outputs."""
-        kind = _kinds([self._target])
+        kind = kinds_of([self._target])
         if kind not in self._seeded:
             example = self._convention.example
             with torch.no_grad():
                 flat = self.captured(*example.values())
             self._seeded[kind] = tuple(sorted(self._seed(self._target, flat, example)[1]))
         return self._seeded[kind]
-
-    def _compiled(self, seeded: tuple[int, ...], device: torch.device) -> _Compiled:
-        """The program for some seeds on a device, compiled if it is not there yet."""
-        if (seeded, device) not in self._programs:
-            self._programs[seeded, device] = self._compile(seeded, device)
-        return self._programs[seeded, device]
-
-    def _compile(self, seeded: tuple[int, ...], device: torch.device) -> _Compiled:
-        stage = self._options.on_stage or (lambda text: None)
-        stage("tracing the program")
-        start = time.perf_counter()
-        made, plan = self._planned(seeded, device)
-        backend = "eager" if device.type == "meta" else self._options.backend
-        traced = time.perf_counter()
-        stage("compiling the program")
-        halves = [step.graph_module for step in (*made.forward, *made.relevance)]
-        halves += [kept.program.derived for kept in made.derived if kept.program.derived]
-        runnables = {half: compile_graph(half, backend) for half in dict.fromkeys(halves)}
-        derived = tuple(
-            (Derived(*_inputs_and_values(kept), runnables[kept.program.derived]), kept.slots)
-            for kept in made.derived
-            if kept.program.derived
-        )
-        sizes = [kept.program.derived_values.values() for kept in made.derived]
-        self._report.compilations.append(
-            Compilation(
-                device=str(device),
-                seeded=tuple(self._convention.output_names[i] for i in seeded),
-                nodes=sum(len(program.graph_module.graph.nodes) for program in made.distinct),
-                regions=len(made.programs),
-                distinct=len(made.distinct),
-                emit_seconds=traced - start,
-                backend_seconds=time.perf_counter() - traced,
-                derived_bytes=sum(int(v.nbytes) for values in sizes for v in values),
-                memory=plan,
-            )
-        )
-        return _Compiled(made, runnables, derived)
-
-    def _planned(
-        self, seeded: tuple[int, ...], device: torch.device
-    ) -> tuple[Schedule, MemoryPlan | None]:
-        """The programs, keeping as much as the options ask for."""
-        made, memory = self._schedule(seeded, device), self._options.memory
-        return planned(made, memory, self._example_of_budget(), self._keeping())
-
-    def _schedule(self, seeded: tuple[int, ...], device: torch.device) -> Schedule:
-        """Trace the programs for some seeds on a device."""
-        attributes = self._attributes.values()
-        outputs = outputs_of(self.rewritten.graph)
-        entries = {i: self._entry(outputs[i]) for i in seeded}
-        cut, inside = self._options.regions, list(entries.values())
-        regions = regions_of(self.rewritten, attributes, inside, cut)
-        return schedule(self.rewritten, regions, entries, attributes, self._emit_options(device))
-
-    def _example_of_budget(self) -> dict[str, Tensor]:
-        """The example as it was given, with positions if the program takes some."""
-        given = dict(self._convention.given)
-        if self._sliced:
-            first = next(iter(given.values()))
-            given[POSITIONS] = first.new_zeros(len(first), dtype=torch.int64)
-        return given
-
-    def _keeping(self) -> Keeping:
-        """Run op by op, an elementwise op done twice costs as much again."""
-        sizes = {
-            str(expected): size
-            for name, example in self._checks.examples.items()
-            for expected, size in zip(
-                example.shape, self._convention.given[name].shape, strict=True
-            )
-            if not is_concrete_int(expected)
-        }
-        return Keeping(elementwise=self._options.backend != "eager", sizes=sizes)
-
-    def _entry(self, output: fx.Node) -> fx.Node:
-        """Where a seed enters: the ledger wants to see the head's part, too."""
-        head = None if self._options.audit else head_of(output)
-        return output if head is None else head.projected
-
-    def _emit_options(self, device: torch.device) -> EmitOptions:
-        return EmitOptions(
-            device=device,
-            captured_device=self._captured_device,
-            audit=self._options.audit,
-            keeping=self._keeping(),
-            keep_derived=self._options.derived_weights == "keep",
-        )
 
     def _classes(self, flat: Sequence[Any], seeded: Iterable[int]) -> tuple[int, bool]:
         """How many classes the explained output has, and whether they are tokens."""
@@ -806,20 +620,6 @@ class ExplainableGraphModule(nn.Module):
         )
 
 
-def _kind(target: Target) -> tuple[Any, ...]:
-    """Targets of one kind read the same outputs."""
-    return (
-        type(target),
-        getattr(target, "output", None),
-        getattr(target, "index", None) is None,
-        getattr(target, "function", None),
-    )
-
-
-def _kinds(targets: Sequence[Target]) -> tuple[Any, ...]:
-    return tuple(dict.fromkeys(_kind(target) for target in targets))
-
-
 def _at_the_only_position(targets: Sequence[Any]) -> list[Target]:
     """Targets of outputs of which one position is left."""
     return [replace(target, position=0) for target in targets]
@@ -831,18 +631,3 @@ def _padded(relevance: Tensor, whole: Tensor) -> Tensor:
     if not rest:
         return relevance
     return torch.nn.functional.pad(relevance, [0, 0] * (relevance.dim() - 2) + [0, rest])
-
-
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
-
-
-def _seed_port(output: int, node: fx.Node) -> Port:
-    return Port(output, Channel.COEFFICIENT, node.meta["val"].dtype)
-
-
-def _inputs_and_values(kept: Derivation) -> tuple[list[str], list[str]]:
-    """The parameters that derived values are made of, by the model's names, and the values."""
-    assert kept.program.derived is not None
-    inputs = placeholders_of(kept.program.derived)
-    return [kept.names[node.meta["name"]] for node in inputs], list(kept.program.derived_values)

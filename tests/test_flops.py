@@ -132,9 +132,9 @@ def test_operations_of_a_program(explain: Explain) -> None:
     """All of its products, as expressions, are what its cost says."""
     for name in ("llama", "t5"):
         explainer = explain(BY_NAME[name])
-        (compiled,) = explainer._programs.values()
+        (compiled,) = explainer._programs.compiled.values()
         steps = (*compiled.schedule.forward, *compiled.schedule.relevance)
         nodes = [node for step in steps for node in step.graph_module.graph.nodes]
-        sizes = explainer._keeping().sizes
+        sizes = explainer._programs.keeping().sizes
         found = sum(typical_size(operations(n), 64, sizes) for n in nodes if is_product(n))
         assert found == explainer.cost(**explainer._convention.given).flops

@@ -39,6 +39,7 @@ from attnlrp_fx.capture import Captured, capture
 from attnlrp_fx.cost import Cost, schedule_cost
 from attnlrp_fx.memory import MemoryPlan, planned
 from attnlrp_fx.partition import Keeping
+from attnlrp_fx.programs import Programs
 from attnlrp_fx.schedule import Schedule
 from attnlrp_fx.torch_private import typical_size
 
@@ -157,15 +158,21 @@ def explainer(name: str, kept: str | int = "fast", **options: Any) -> Explainabl
     if kept == "fast":
         return fast(name, **options)
     found = copy.copy(fast(name, **options))
-    found._schedule = mock.Mock(return_value=schedule_of(found))  # type: ignore[method-assign]
-    found._options = replace(found._options, memory=kept)
+    traced = schedule_of(found)
     found._report = replace(found.report(), compilations=[])
-    found._programs = {}
+    found._programs = Programs(
+        found.rewritten,
+        found._convention,
+        found._attributes,
+        replace(found._options.programs, memory=kept),
+        found._report.compilations,
+    )
+    found._programs._schedule = mock.Mock(return_value=traced)  # type: ignore[method-assign]
     return found.prepare()
 
 
 def schedule_of(explainer: ExplainableGraphModule) -> Schedule:
-    (compiled,) = explainer._programs.values()
+    (compiled,) = explainer._programs.compiled.values()
     return compiled.schedule
 
 
@@ -180,7 +187,7 @@ def planned_again(
 ) -> tuple[Schedule, MemoryPlan | None]:
     """What compiling with another memory would run, without tracing anything again."""
     example = explainer._convention.given
-    return planned(schedule_of(explainer), kept, example, explainer._keeping())
+    return planned(schedule_of(explainer), kept, example, explainer._programs.keeping())
 
 
 def saved(schedule: Schedule) -> Iterator[tuple[int, fx.Node]]:

@@ -150,7 +150,7 @@ def counts(explainer: ExplainableGraphModule) -> tuple[int, int]:
 
 def channels(explainer: ExplainableGraphModule) -> set[Channel]:
     """What crosses boundaries in reverse."""
-    (found,) = explainer._programs.values()
+    (found,) = explainer._programs.compiled.values()
     return {seed.channel for program in found.schedule.programs for seed in program.seeds}
 
 
@@ -287,7 +287,7 @@ def padded(inputs: Inputs) -> Inputs:
 
 def on_tape(explainer: ExplainableGraphModule, inputs: Inputs, index: int) -> Reading:
     """Relevance of a logit of the last position, without a tracer and without programs."""
-    (found,) = explainer._programs.values()
+    (found,) = explainer._programs.compiled.values()
     (output,) = found.schedule.seeded
     with torch.no_grad():
         tape = Tape(explainer.rewritten)

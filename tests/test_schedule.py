@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import attnlrp_fx
 from attnlrp_fx import ExplainableGraphModule, InputError, regions
-from attnlrp_fx.explainer import _Compiled
 from attnlrp_fx.operators import placeholders_of
+from attnlrp_fx.programs import Compiled
 from attnlrp_fx.schedule import Values
 
 DEPTH = 4
@@ -28,8 +28,8 @@ def explainer() -> ExplainableGraphModule:
         return compiled(stack(*(Block() for _ in range(DEPTH))), X, target=1)
 
 
-def programs(explainer: ExplainableGraphModule) -> _Compiled:
-    (found,) = explainer._programs.values()
+def programs(explainer: ExplainableGraphModule) -> Compiled:
+    (found,) = explainer._programs.compiled.values()
     return found
 
 
