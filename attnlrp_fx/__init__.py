@@ -13,9 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attnlrp_fx.comparison import Comparison
+    from attnlrp_fx.calculus.ledger import Ledger
     from attnlrp_fx.compiler import compile, explain, explain_generation, explain_image
-    from attnlrp_fx.composites import COMPOSITES, Composite, Match, epsilon_gamma_box
     from attnlrp_fx.errors import (
         AttnLRPError,
         BackendError,
@@ -28,14 +27,11 @@ if TYPE_CHECKING:
         RuleError,
         TargetError,
     )
-    from attnlrp_fx.explainer import ExplainableGraphModule
-    from attnlrp_fx.explanation import Explanation
-    from attnlrp_fx.explanations import Explanations
-    from attnlrp_fx.faithfulness import Curves, Perturbation, perturbation_curves
+    from attnlrp_fx.evaluate.faithfulness import Curves, Perturbation, perturbation_curves
+    from attnlrp_fx.evaluate.tuning import tune
     from attnlrp_fx.heatmap.display import Display
-    from attnlrp_fx.ledger import Ledger
-    from attnlrp_fx.mapping import Mapped, Throughput
-    from attnlrp_fx.rules import (
+    from attnlrp_fx.rules.composites import COMPOSITES, Composite, Match, epsilon_gamma_box
+    from attnlrp_fx.rules.rules import (
         AlphaBeta,
         Attention,
         Constant,
@@ -56,8 +52,12 @@ if TYPE_CHECKING:
         ZBox,
         ZPlus,
     )
+    from attnlrp_fx.runtime.comparison import Comparison
+    from attnlrp_fx.runtime.explainer import ExplainableGraphModule
+    from attnlrp_fx.runtime.explanation import Explanation
+    from attnlrp_fx.runtime.explanations import Explanations
+    from attnlrp_fx.runtime.mapping import Mapped, Throughput
     from attnlrp_fx.targets import Contrast, Logit, LogProb
-    from attnlrp_fx.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -117,9 +117,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "comparison": ("Comparison",),
+    "runtime.comparison": ("Comparison",),
     "compiler": ("compile", "explain", "explain_generation", "explain_image"),
-    "composites": ("COMPOSITES", "Composite", "Match", "epsilon_gamma_box"),
+    "rules.composites": ("COMPOSITES", "Composite", "Match", "epsilon_gamma_box"),
     "errors": (
         "AttnLRPError",
         "BackendError",
@@ -132,14 +132,14 @@ _HOMES = {
         "RuleError",
         "TargetError",
     ),
-    "explainer": ("ExplainableGraphModule",),
-    "explanation": ("Explanation",),
-    "explanations": ("Explanations",),
-    "faithfulness": ("Curves", "Perturbation", "perturbation_curves"),
+    "runtime.explainer": ("ExplainableGraphModule",),
+    "runtime.explanation": ("Explanation",),
+    "runtime.explanations": ("Explanations",),
+    "evaluate.faithfulness": ("Curves", "Perturbation", "perturbation_curves"),
     "heatmap.display": ("Display",),
-    "ledger": ("Ledger",),
-    "mapping": ("Mapped", "Throughput"),
-    "rules": (
+    "calculus.ledger": ("Ledger",),
+    "runtime.mapping": ("Mapped", "Throughput"),
+    "rules.rules": (
         "AlphaBeta",
         "Attention",
         "Constant",
@@ -161,7 +161,7 @@ _HOMES = {
         "ZPlus",
     ),
     "targets": ("Contrast", "Logit", "LogProb"),
-    "tuning": ("tune",),
+    "evaluate.tuning": ("tune",),
 }
 """Where each name lives. A name is imported when it is first used: PyTorch takes seconds to import,
 and `attnlrp-fx --help` has no use for it."""

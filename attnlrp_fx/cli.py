@@ -35,8 +35,8 @@ from attnlrp_fx.loading import DTYPES, EMBEDDED, IMAGES, TASKS, load, quiet, tas
 from attnlrp_fx.questions import check_images, check_texts, inputs_of, target_of
 
 if TYPE_CHECKING:
-    from attnlrp_fx.explanation import Explanation
     from attnlrp_fx.heatmap import Display
+    from attnlrp_fx.runtime.explanation import Explanation
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -259,10 +259,10 @@ def explain(
             )
         with _stages(quietly) as stage:
             stage("importing PyTorch")
-            from attnlrp_fx.backends import backend_named
+            from attnlrp_fx.codegen.backends import backend_named
             from attnlrp_fx.compiler import compile
-            from attnlrp_fx.composites import composite_named
             from attnlrp_fx.heatmap import Display
+            from attnlrp_fx.rules.composites import composite_named
 
             composite_named(composite or "attnlrp")
             backend_named(backend)
@@ -308,7 +308,7 @@ def composites(
 ) -> None:
     """List the composites: which rule stands at which op. The first entry that fits decides."""
     with _one_line_errors(debug):
-        from attnlrp_fx.composites import COMPOSITES
+        from attnlrp_fx.rules.composites import COMPOSITES
 
         console = Console(highlight=False)
         for name, composite in COMPOSITES.items():

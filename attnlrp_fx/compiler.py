@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from attnlrp_fx.backends import Backend, backend_named
-from attnlrp_fx.capture import Captured, Inputs, capture
-from attnlrp_fx.composites import Composite, composite_named
+from attnlrp_fx.capture.capture import Captured, Inputs, capture
+from attnlrp_fx.codegen.backends import Backend, backend_named
+from attnlrp_fx.codegen.memory import Memory, check_memory
+from attnlrp_fx.codegen.programs import ProgramOptions, Stage
+from attnlrp_fx.codegen.rewriting import rewrite
 from attnlrp_fx.errors import InputError
-from attnlrp_fx.explainer import ExplainableGraphModule, ExplainerOptions
-from attnlrp_fx.explanation import Explanation
-from attnlrp_fx.explanations import Explanations
 from attnlrp_fx.heatmap import Normalisation
-from attnlrp_fx.labels import Labels
-from attnlrp_fx.memory import Memory, check_memory
 from attnlrp_fx.passes import PIPELINE, Pass, PassContext
-from attnlrp_fx.programs import ProgramOptions, Stage
-from attnlrp_fx.rewriting import rewrite
+from attnlrp_fx.rules.composites import Composite, composite_named
+from attnlrp_fx.runtime.explainer import ExplainableGraphModule, ExplainerOptions
+from attnlrp_fx.runtime.explanation import Explanation
+from attnlrp_fx.runtime.explanations import Explanations
+from attnlrp_fx.runtime.labels import Labels
 from attnlrp_fx.targets import Target, TargetLike, as_target, outputs_as_seen
 
 

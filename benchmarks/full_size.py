@@ -35,15 +35,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, MixtralConfig, PretrainedConfig, T5Config, ViTConfig
 
 import attnlrp_fx
-from attnlrp_fx.attributes import Attributes
-from attnlrp_fx.capture import capture
-from attnlrp_fx.codegen import EmitOptions
-from attnlrp_fx.composites import COMPOSITES
-from attnlrp_fx.cost import FORMULAS, schedule_cost
-from attnlrp_fx.operators import outputs_of
+from attnlrp_fx.capture.capture import capture
+from attnlrp_fx.codegen.attributes import Attributes
+from attnlrp_fx.codegen.cost import FORMULAS, schedule_cost
+from attnlrp_fx.codegen.emit import EmitOptions
+from attnlrp_fx.codegen.regions import regions_of
+from attnlrp_fx.codegen.schedule import schedule
+from attnlrp_fx.graph.operators import outputs_of
 from attnlrp_fx.passes import PassContext, run_passes
-from attnlrp_fx.regions import regions_of
-from attnlrp_fx.schedule import schedule
+from attnlrp_fx.rules.composites import COMPOSITES
 
 RESULTS = Path(__file__).parent / "results" / "full-size.json"
 TARGETS = 64

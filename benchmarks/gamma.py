@@ -42,7 +42,7 @@ from zennit_peer import merging
 
 import attnlrp_fx
 from attnlrp_fx import COMPOSITES, Composite, Match
-from attnlrp_fx.rules import Gamma
+from attnlrp_fx.rules.rules import Gamma
 
 RESULTS = Path(__file__).parent / "results"
 FORWARD = "forward"

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnlrp_fx
-from attnlrp_fx.flops import FORMULAS
+from attnlrp_fx.codegen.flops import FORMULAS
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("llama-2-7b", "mixtral-8x7b", "vit-l-16")

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnlrp_fx
 from attnlrp_fx.loading import load
-from attnlrp_fx.mapping import Throughput, map_dataset
+from attnlrp_fx.runtime.mapping import Throughput, map_dataset
 
 RESULTS = Path(__file__).parent / "results"
 ONE_BY_ONE = "one by one"

@@ -42,9 +42,9 @@ from zennit_environment import VERSION, ZennitError, zennit
 
 import attnlrp_fx
 from attnlrp_fx import COMPOSITES, Composite, Match
-from attnlrp_fx.composites import epsilon_gamma_box
 from attnlrp_fx.errors import AttnLRPError
-from attnlrp_fx.rules import (
+from attnlrp_fx.rules.composites import epsilon_gamma_box
+from attnlrp_fx.rules.rules import (
     AlphaBeta,
     Epsilon,
     Flat,

@@ -49,12 +49,11 @@ from torch.utils import _pytree as pytree
 from zoo_models import BATCH, LENGTH, Architecture, Inputs
 
 import attnlrp_fx
-from attnlrp_fx.analysis import explained_values
-from attnlrp_fx.capture import flat_inputs
-from attnlrp_fx.composites import COMPOSITES
+from attnlrp_fx.calculus.ledger import Ledger, read_ledger
+from attnlrp_fx.calculus.tape import Tape
+from attnlrp_fx.capture.capture import flat_inputs
 from attnlrp_fx.errors import AttnLRPError, InputError
-from attnlrp_fx.explainer import ExplainableGraphModule
-from attnlrp_fx.ledger import Ledger, read_ledger
+from attnlrp_fx.graph.analysis import explained_values
 from attnlrp_fx.passes import (
     NORMALISE,
     PIPELINE,
@@ -65,7 +64,8 @@ from attnlrp_fx.passes import (
     promote_casts,
     run_passes,
 )
-from attnlrp_fx.tape import Tape
+from attnlrp_fx.rules.composites import COMPOSITES
+from attnlrp_fx.runtime.explainer import ExplainableGraphModule
 from attnlrp_fx.targets import Logit, Outputs, dense
 
 RESULTS = Path(__file__).parent / "results"
@@ -141,7 +141,7 @@ def examine(arch: Architecture, row: Row) -> Iterator[None]:
     _run(model, inputs)
     row.stage = "capture"
     yield
-    captured = attnlrp_fx.capture.capture(model, inputs)
+    captured = attnlrp_fx.capture.capture.capture(model, inputs)
     row.captured = True
     row.nodes = len(captured.graph_module.graph.nodes)
     row.notes = list(captured.notes)
@@ -256,7 +256,7 @@ def _attention(model: Any, inputs: Inputs, relevance: Mapping[str, Tensor]) -> f
         _run(model, inputs)
     except RuntimeError:
         return None
-    written = attnlrp_fx.capture.capture(model, inputs, dynamic_shapes=None)
+    written = attnlrp_fx.capture.capture.capture(model, inputs, dynamic_shapes=None)
     explainer = explained(model, inputs, written, "attnlrp", traced=False)
     return _relevance_difference(on_tape(explainer, inputs)[0], relevance)
 

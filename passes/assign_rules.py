@@ -16,13 +16,13 @@ import torch
 from torch import fx
 
 from attnlrp_fx import ops
-from attnlrp_fx.analysis import explained_values, parameter_values
 from attnlrp_fx.errors import RuleError
-from attnlrp_fx.operators import Kind, is_elementwise, is_op, kind_of, leaves
+from attnlrp_fx.graph.analysis import explained_values, parameter_values
+from attnlrp_fx.graph.operators import Kind, is_elementwise, is_op, kind_of, leaves
+from attnlrp_fx.graph.provenance import describe, target_name
 from attnlrp_fx.passes.base import PassContext, PassResult, finish
-from attnlrp_fx.provenance import describe, target_name
-from attnlrp_fx.roles import Role, is_join, is_layer, roles
-from attnlrp_fx.rules import Constant, Gradient, Rule, Site
+from attnlrp_fx.rules.roles import Role, is_join, is_layer, roles
+from attnlrp_fx.rules.rules import Constant, Gradient, Rule, Site
 
 AFFINE = ("_native_batch_norm_legit_no_training",)
 """Ops beside elementwise ones that are affine in each element."""

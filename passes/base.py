@@ -7,9 +7,9 @@ from typing import Any
 from torch import fx
 
 from attnlrp_fx import ops
-from attnlrp_fx.composites import ATTNLRP, Composite
-from attnlrp_fx.operators import Kind
-from attnlrp_fx.provenance import describe
+from attnlrp_fx.graph.operators import Kind
+from attnlrp_fx.graph.provenance import describe
+from attnlrp_fx.rules.composites import ATTNLRP, Composite
 from attnlrp_fx.torch_private import fake_mode_of
 
 

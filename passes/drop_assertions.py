@@ -5,8 +5,8 @@ Meaning on valid inputs is unchanged; inputs are checked before the program runs
 
 from torch import fx
 
+from attnlrp_fx.graph.provenance import target_name
 from attnlrp_fx.passes.base import PassContext, PassResult, finish
-from attnlrp_fx.provenance import target_name
 
 ASSERTIONS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from attnlrp_fx.operators import aten, is_op
+from attnlrp_fx.graph.operators import aten, is_op
 from attnlrp_fx.passes.base import PassContext, PassResult, finish, replace
 
 REDUCTIONS = {0: aten.sum.dim_IntList, 1: aten.mean.dim}

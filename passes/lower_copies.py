@@ -8,7 +8,7 @@ What remains of an in-place `a.copy_(b)` after functionalisation; a itself does 
 import torch
 from torch import Tensor, fx
 
-from attnlrp_fx.operators import aten, is_op
+from attnlrp_fx.graph.operators import aten, is_op
 from attnlrp_fx.passes.base import PassContext, PassResult, finish, replace
 
 

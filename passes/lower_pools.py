@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from attnlrp_fx.operators import aten
+from attnlrp_fx.graph.operators import aten
 from attnlrp_fx.passes.base import PassContext, PassResult, finish
 
 POOLS = {

@@ -7,7 +7,7 @@ PyTorch's own kernel takes noise to write into, which a traced program cannot ho
 
 from torch import fx
 
-from attnlrp_fx.operators import aten
+from attnlrp_fx.graph.operators import aten
 from attnlrp_fx.passes.base import PassContext, PassResult, finish, replace
 
 

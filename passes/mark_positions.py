@@ -18,9 +18,9 @@ from typing import Any
 from torch import Tensor, fx
 
 from attnlrp_fx import ops
-from attnlrp_fx.analysis import explained_values
 from attnlrp_fx.errors import InputError
-from attnlrp_fx.operators import aten, is_elementwise, is_op, is_structural
+from attnlrp_fx.graph.analysis import explained_values
+from attnlrp_fx.graph.operators import aten, is_elementwise, is_op, is_structural
 from attnlrp_fx.passes.base import PassContext, PassResult, finish, inherit
 
 TABLES = ("embedding", "index", "index_select", "cos", "sin")

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from attnlrp_fx import ops
-from attnlrp_fx.operators import aten, is_structural_op, leaves, packet
+from attnlrp_fx.graph.operators import aten, is_structural_op, leaves, packet
 from attnlrp_fx.passes.base import PassContext, PassResult
 
 RECTIFIERS: dict[Any, Callable[..., bool]] = {

@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor, fx
 
 from attnlrp_fx import ops
-from attnlrp_fx.analysis import explained_values
 from attnlrp_fx.errors import InputError
-from attnlrp_fx.operators import is_op
+from attnlrp_fx.graph.analysis import explained_values
+from attnlrp_fx.graph.operators import is_op
+from attnlrp_fx.graph.provenance import describe
+from attnlrp_fx.graph.tokens import origin, table_and_indices
 from attnlrp_fx.passes.base import PassContext, PassResult, finish, inherit
-from attnlrp_fx.provenance import describe
-from attnlrp_fx.tokens import origin, table_and_indices
 
 
 def mark_sources(graph_module: fx.GraphModule, context: PassContext) -> PassResult:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from attnlrp_fx.operators import aten, is_convolution, is_op
+from attnlrp_fx.graph.operators import aten, is_convolution, is_op
 from attnlrp_fx.passes.base import PassContext, PassResult, call, finish, replace
 
 TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnlrp_fx.operators import aten, is_op
+from attnlrp_fx.graph.operators import aten, is_op
 from attnlrp_fx.passes.base import PassContext, PassResult, replace
 
 

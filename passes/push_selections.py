@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from attnlrp_fx import ops
-from attnlrp_fx.operators import aten, is_elementwise, is_op, leaves
+from attnlrp_fx.graph.operators import aten, is_elementwise, is_op, leaves
 from attnlrp_fx.passes.base import PassContext, PassResult, call, compute, finish
 
 

@@ -18,8 +18,8 @@ from itertools import count
 import torch
 from torch import fx
 
-from attnlrp_fx.analysis import explained_values
-from attnlrp_fx.operators import Kind, is_elementwise, is_op, kind_of, leaves
+from attnlrp_fx.graph.analysis import explained_values
+from attnlrp_fx.graph.operators import Kind, is_elementwise, is_op, kind_of, leaves
 from attnlrp_fx.passes.base import PassContext, PassResult, finish, replace
 
 PREDICATES = (

@@ -37,10 +37,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnlrp_fx.analysis import explained_values
-from attnlrp_fx.batch_views import Size, View, known_sizes, size_of, views_between
-from attnlrp_fx.matrix_products import NearMiss, Operand, query_and_key, shape_of, value_of
-from attnlrp_fx.operators import aten, is_cast, is_op, is_structural, leaves
+from attnlrp_fx.graph.analysis import explained_values
+from attnlrp_fx.graph.batch_views import Size, View, known_sizes, size_of, views_between
+from attnlrp_fx.graph.matrix_products import NearMiss, Operand, query_and_key, shape_of, value_of
+from attnlrp_fx.graph.operators import aten, is_cast, is_op, is_structural, leaves
 from attnlrp_fx.passes.base import PassContext, PassResult, finish, inherit, replace
 
 MASKED = -1e4

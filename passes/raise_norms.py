@@ -28,8 +28,8 @@ from typing import Any
 from torch import fx
 
 from attnlrp_fx import ops
-from attnlrp_fx.analysis import explained_values
-from attnlrp_fx.operators import Kind, is_op, is_structural, kind_of, leaves
+from attnlrp_fx.graph.analysis import explained_values
+from attnlrp_fx.graph.operators import Kind, is_op, is_structural, kind_of, leaves
 from attnlrp_fx.passes.base import PassContext, PassResult, finish, mark
 
 EVEN_REDUCTIONS = ("linalg_vector_norm", "norm", "std", "var", "std_mean", "var_mean")

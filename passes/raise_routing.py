@@ -16,8 +16,8 @@ from typing import Any
 from torch import fx
 
 from attnlrp_fx import ops
-from attnlrp_fx.analysis import explained_values
-from attnlrp_fx.operators import (
+from attnlrp_fx.graph.analysis import explained_values
+from attnlrp_fx.graph.operators import (
     Kind,
     explained_factors,
     is_broadcast,

@@ -25,8 +25,8 @@ from enum import IntEnum
 from torch import fx
 
 from attnlrp_fx import ops
-from attnlrp_fx.analysis import explained_values
-from attnlrp_fx.operators import (
+from attnlrp_fx.graph.analysis import explained_values
+from attnlrp_fx.graph.operators import (
     Kind,
     explained_factors,
     is_cast,

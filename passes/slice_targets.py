@@ -9,7 +9,7 @@ output is computed from is the business of `push_selections`.
 import torch
 from torch import Tensor, fx
 
-from attnlrp_fx.operators import aten, outputs_of
+from attnlrp_fx.graph.operators import aten, outputs_of
 from attnlrp_fx.passes.base import PassContext, PassResult, call, finish
 from attnlrp_fx.torch_private import fake_mode_of
 

@@ -11,8 +11,9 @@ from models import Case
 from torch import nn
 
 import attnlrp_fx
-from attnlrp_fx import ExplainableGraphModule, capture, compiler
-from attnlrp_fx.capture import Captured
+from attnlrp_fx import ExplainableGraphModule, compiler
+from attnlrp_fx.capture import capture
+from attnlrp_fx.capture.capture import Captured
 from attnlrp_fx.passes import PIPELINE, drop_assertions, promote_casts
 
 torch.set_num_threads(1)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from attnlrp_fx.capture import capture
-from attnlrp_fx.composites import Composite, composite_named
+from attnlrp_fx.calculus.tape import Tape
+from attnlrp_fx.capture.capture import capture
 from attnlrp_fx.passes import PassContext, run_passes
-from attnlrp_fx.tape import Tape
+from attnlrp_fx.rules.composites import Composite, composite_named
 
 
 @dataclass

@@ -36,12 +36,13 @@ from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 import attnlrp_fx
-from attnlrp_fx import Display, Logit, backends, cli
+from attnlrp_fx import Display, Logit, cli
 from attnlrp_fx.cli import app
+from attnlrp_fx.codegen import backends
 from attnlrp_fx.errors import InputError, ModelNotFoundError
-from attnlrp_fx.explanation import SCHEMA, Explanation
 from attnlrp_fx.heatmap import PLAIN
 from attnlrp_fx.loading import DTYPES, EMBEDDED, IMAGES, TASKS, load, task_of
+from attnlrp_fx.runtime.explanation import SCHEMA, Explanation
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 WORDS += ["the", "movie", "was", "a", "great", "terrible", "film", "it", "good", "bad"]

@@ -19,9 +19,9 @@ from models import BY_NAME, CASES, VOCABULARY, Case, Inputs, is_floating
 from torch import Tensor, nn
 
 from attnlrp_fx import ops
-from attnlrp_fx.explainer import ExplainableGraphModule
-from attnlrp_fx.pullbacks import PULLBACKS, vjp
-from attnlrp_fx.tape import Reading, Tape
+from attnlrp_fx.calculus.pullbacks import PULLBACKS, vjp
+from attnlrp_fx.calculus.tape import Reading, Tape
+from attnlrp_fx.runtime.explainer import ExplainableGraphModule
 
 F64 = torch.float64
 WITHOUT_BIAS = [BY_NAME[name] for name in ("llama", "qwen3", "gemma3", "phi3", "t5")]

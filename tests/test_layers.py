@@ -33,7 +33,8 @@ from attnlrp_fx import (
     ZPlus,
     ops,
 )
-from attnlrp_fx.capture import capture
+from attnlrp_fx.calculus.tape import Reading, Tape
+from attnlrp_fx.capture.capture import capture
 from attnlrp_fx.passes import (
     ASSIGN,
     NORMALISE,
@@ -43,7 +44,6 @@ from attnlrp_fx.passes import (
     assign_rules,
     run_passes,
 )
-from attnlrp_fx.tape import Reading, Tape
 
 DOUBLE = torch.float64
 SETTINGS = settings(deadline=None, max_examples=4, derandomize=True)

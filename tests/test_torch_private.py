@@ -15,7 +15,7 @@ from torch.utils._sympy.functions import FloorDiv
 
 import attnlrp_fx
 from attnlrp_fx import torch_private
-from attnlrp_fx.capture import capture
+from attnlrp_fx.capture.capture import capture
 
 
 def _three_ops(x: Tensor, y: Tensor) -> Tensor:

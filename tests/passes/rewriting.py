@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnlrp_fx import ops
-from attnlrp_fx.capture import capture
+from attnlrp_fx.calculus.tape import Tape
+from attnlrp_fx.capture.capture import capture
 from attnlrp_fx.passes import NORMALISE, PassContext, assign_rules, mark_sources, run_passes
-from attnlrp_fx.tape import Tape
 
 
 class Written(nn.Module):

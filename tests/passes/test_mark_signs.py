@@ -20,8 +20,8 @@ from attnlrp_fx import (
     ZPlus,
     ops,
 )
+from attnlrp_fx.calculus.tape import Tape
 from attnlrp_fx.passes import ASSIGN, NORMALISE, RAISE, PassContext, mark_signs, run_passes
-from attnlrp_fx.tape import Tape
 
 DOUBLE = torch.float64
 GAMMA = (Match(role="dense"), Gamma(0.5))

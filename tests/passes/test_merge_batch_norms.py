@@ -9,8 +9,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import attnlrp_fx
 from attnlrp_fx import COMPOSITES
+from attnlrp_fx.graph.provenance import module_path, source_line
 from attnlrp_fx.passes import NORMALISE, PassContext, merge_batch_norms, run_passes
-from attnlrp_fx.provenance import module_path, source_line
 
 DOUBLE = torch.float64
 CONTEXT = PassContext(composite=COMPOSITES["epsilon-plus"])

@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 import attnlrp_fx
 from attnlrp_fx import COMPOSITES, ops, passes
 from attnlrp_fx.errors import PassError
+from attnlrp_fx.graph.provenance import module_path, source_line
 from attnlrp_fx.passes import (
     ASSIGN,
     NORMALISE,
@@ -31,7 +32,6 @@ from attnlrp_fx.passes import (
     run_passes,
     verify,
 )
-from attnlrp_fx.provenance import module_path, source_line
 
 aten = torch.ops.aten
 FOLDER = Path(inspect.getfile(passes)).resolve().parent

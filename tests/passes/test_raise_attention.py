@@ -8,7 +8,7 @@ from models import LAYERS, randomised, transformers_model
 from rewriting import captured, copy_of, prepared, relevance, run, text
 from torch import nn
 
-from attnlrp_fx.composites import COMPOSITES
+from attnlrp_fx.graph.provenance import module_path
 from attnlrp_fx.passes import (
     NORMALISE,
     PassContext,
@@ -17,7 +17,7 @@ from attnlrp_fx.passes import (
     raise_attention,
     run_passes,
 )
-from attnlrp_fx.provenance import module_path
+from attnlrp_fx.rules.composites import COMPOSITES
 
 BATCH, LENGTH, HEADS, FEATURES = 2, 5, 3, 4
 WIDTH = HEADS * FEATURES

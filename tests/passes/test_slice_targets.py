@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import attnlrp_fx
 from attnlrp_fx import Contrast, ExplainableGraphModule, InputError, Logit, LogProb
-from attnlrp_fx.operators import outputs_of
+from attnlrp_fx.graph.operators import outputs_of
 from attnlrp_fx.targets import Target
 
 F64 = torch.float64

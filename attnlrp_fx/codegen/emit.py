@@ -1,0 +1,330 @@
+"""Codegen: the tape under a tracer, and the program that comes out.
+
+`emit` runs the tape on fake tensors that have the captured graph's symbolic sizes, under `make_fx`.
+What comes out is one flat graph of ATen ops, without autograd and detach: parameters, inputs and
+seeds in; outputs, relevance and ledger out. Parameters are inputs under the model's own names, so
+that an optimiser's step shows at once. A whole graph and one region of it are traced alike.
+
+Every size is computed once, from the inputs' sizes, so that no value is kept for its shape alone.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from attnlrp_fx.calculus.tape import Channel, Received, Tape
+from attnlrp_fx.capture.functionalise import relax_views
+from attnlrp_fx.codegen.partition import SEED, Keeping, hoist, split
+from attnlrp_fx.codegen.regions import computed
+from attnlrp_fx.errors import AttnLRPError, RuleError
+from attnlrp_fx.graph.operators import aten, is_op, outputs_of, placeholders_of
+from attnlrp_fx.graph.provenance import describe
+from attnlrp_fx.torch_private import fake_mode_of, fresh
+
+
+class Port(NamedTuple):
+    """Where a value goes into a traced graph's reverse pass, or comes out of it."""
+
+    place: int
+    """Which output of the graph it belongs to, or which input."""
+    channel: Channel
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Program:
+    """A traced graph, whole and split.
+
+    The whole takes (attributes, inputs, seeds) and returns (outputs, what inputs receive, sums).
+    """
+
+    graph_module: fx.GraphModule
+    attributes: tuple[str, ...]
+    """Parameters, buffers and constants, by the model's own names."""
+    inputs: tuple[str, ...]
+    seeds: tuple[Port, ...]
+    """What outputs have received when the reverse pass begins; at the model's end, the seeds."""
+    outputs: int
+    """How many outputs the graph has."""
+    received: tuple[Port, ...]
+    """What inputs have received when it ends; of the model's inputs, their relevance."""
+    audited: tuple[int, ...]
+    """The nodes whose sums it returns, by their places in the graph; empty unless audited."""
+    rest: fx.GraphModule
+    """The whole, without what is derived from attributes alone."""
+    forward: fx.GraphModule
+    relevance: fx.GraphModule
+    derived: fx.GraphModule | None
+    """Attributes → what depends on them alone, if that is kept from call to call."""
+
+    @property
+    def derived_values(self) -> dict[str, Tensor]:
+        """The derived values' sizes and dtypes, by what both sides call them."""
+        values = outputs_of(self.derived.graph) if self.derived is not None else []
+        return {f"derived:{node.name}": node.meta["val"] for node in values}
+
+    def keeping(self, keeping: Keeping) -> "Program":
+        """The same, cut in two so that the forward side keeps as much as asked for."""
+        forward, relevance = split(self.rest, self.outputs, keeping)
+        return replace(self, forward=forward, relevance=relevance)
+
+
+@dataclass(frozen=True)
+class EmitOptions:
+    """How graphs are traced."""
+
+    device: torch.device
+    """Where the program will run."""
+    captured_device: torch.device
+    """Where the model was captured; constants created there move along."""
+    audit: bool = False
+    """Whether the program also returns the ledger's sums."""
+    keeping: Keeping = field(default_factory=Keeping)
+    """What the forward side keeps for the relevance side."""
+    keep_derived: bool = False
+    """Whether what depends on parameters alone is taken out of both sides."""
+
+
+def emit(
+    graph_module: fx.GraphModule,
+    seeds: Sequence[Port],
+    attributes: Mapping[str, Tensor],
+    options: EmitOptions,
+) -> Program:
+    """Trace the tape of a rewritten graph, or of a region of one, into a program.
+
+    Args:
+        graph_module: the graph.
+        seeds: what flat outputs have received when the reverse pass begins.
+        attributes: the graph's tensors by name; only their sizes, strides and dtypes are read.
+        options: how it is traced.
+
+    Raises:
+        RuleError: an op cannot be traced, or writes in place.
+    """
+    graph = graph_module.graph
+    placeholders = placeholders_of(graph_module)
+    names = [str(node.target) for node in placeholders]
+    outputs = outputs_of(graph)
+    mode = fake_mode_of(graph_module)
+    received: list[Port] = []
+    audited: list[str] = []
+    traced_last: list[tuple[fx.Node, str]] = []
+
+    def annotate(node: fx.Node, phase: str) -> AbstractContextManager[None]:
+        traced_last[:] = [(node, phase)]
+        return _annotate(node, phase)
+
+    def program(attributes: dict[str, Tensor], inputs: list[Any], given: list[Tensor]) -> list[Any]:
+        moved = options.device if options.device != options.captured_device else None
+        tape = Tape(graph_module, attributes, moved, annotate)
+        results = tape.run(*inputs)
+        arrived = Received()
+        for seed, value in zip(seeds, given, strict=True):
+            arrived.add(seed.channel, outputs[seed.place], value)
+        read = tape.reverse(arrived, audit=options.audit)
+        found = {
+            Port(names.index(name), channel, value.dtype): value
+            for channel, values in read.by_channel().items()
+            for name, value in values.items()
+        }
+        received[:] = found
+        audited[:] = read.sums
+        ordered = [read.sums[node.name] for node in computed(graph) if node.name in read.sums]
+        sums = [torch.stack(ordered)] if ordered else []
+        return [*map(_contiguous, [*results, *found.values()]), *sums]
+
+    with mode, torch.no_grad():
+        fakes = {
+            # One tensor under two names is two inputs: another region has two tensors there.
+            name: fresh(mode.from_tensor(value, static_shapes=True)).to(options.device)
+            for name, value in attributes.items()
+        }
+        inputs = [_on(node.meta["val"], options.device) for node in placeholders]
+        given = [_on(outputs[p.place].meta["val"], options.device, p.dtype) for p in seeds]
+        try:
+            with torch.fx.traceback.preserve_node_meta():
+                traced = make_fx(program, tracing_mode="symbolic")(fakes, inputs, given)
+        except AttnLRPError:
+            raise
+        except Exception as error:
+            raise _untraceable(error, *traced_last[0]) from error
+    called = [("attribute", name) for name in attributes]
+    called += [("input", name) for name in names]
+    called += [("seed", f"{SEED}{i}") for i in range(len(seeds))]
+    _name_inputs(traced, called)
+    _clean(traced)
+    _check_pure(traced)
+    rest, derived = hoist(traced) if options.keep_derived else (traced, None)
+    forward, relevance = split(rest, len(outputs), options.keeping)
+    return Program(
+        graph_module=traced,
+        attributes=tuple(attributes),
+        inputs=tuple(names),
+        seeds=tuple(seeds),
+        outputs=len(outputs),
+        received=tuple(received),
+        rest=rest,
+        audited=tuple(i for i, node in enumerate(computed(graph)) if node.name in audited),
+        forward=forward,
+        relevance=relevance,
+        derived=derived,
+    )
+
+
+def _untraceable(error: Exception, node: fx.Node, phase: str) -> RuleError:
+    """What PyTorch says about a node that it cannot trace, as an error of ours."""
+    by_value = isinstance(error, GuardOnDataDependentSymNode)
+    why = next(iter(str(error).strip().splitlines()), "")
+    return RuleError(
+        f"the {phase} program of this op could not be traced",
+        where=describe(node),
+        why=f"{type(error).__name__}: {why}",
+        remedy="let the model compute the size from shapes or numbers, not from what a tensor holds"
+        if by_value
+        else "report this with the op; a pass can lower it to other ops",
+    )
+
+
+def _on(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """A fake tensor of the same sizes, contiguous, on a device; a size as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty(value.shape, dtype=dtype or value.dtype, device=device)
+
+
+def _contiguous(value: Any) -> Any:
+    """What one program hands to another is contiguous, so that all agree about its strides."""
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _annotate(node: fx.Node, phase: str) -> Iterator[None]:
+    """Tell the tracer which node of the rewritten graph, and which side, its ops come from."""
+    with torch.fx.traceback.annotate({"from": node.name, "phase": phase}):
+        yield
+
+
+def _name_inputs(program: fx.GraphModule, called: Sequence[tuple[str, str]]) -> None:
+    """Give a traced program flat inputs, each named for the part that it is of and what it is."""
+    program.graph.set_codegen(fx.graph.CodeGen())
+    for node, (part, name) in zip(placeholders_of(program), called, strict=True):
+        readable = re.sub(r"\W", "_", name)
+        node._rename(f"_{readable}" if readable[0].isdigit() else readable)
+        node.target = node.name
+        node.meta |= {"name": name, "part": part}
+
+
+def _clean(program: fx.GraphModule) -> None:
+    """Drop detaches and what is dead; nobody differentiates the program by its detaches."""
+    for node in list(program.graph.nodes):
+        if is_op(node, "detach", "alias", "lift_fresh_copy"):
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    _functionalise(program.graph)
+    relax_views(program)
+    _share_sizes(program.graph)
+    program.graph.eliminate_dead_code()
+    program.recompile()
+
+
+def _functionalise(graph: fx.Graph) -> None:
+    """Replace in-place ops on values that nothing else sees by their functional forms.
+
+    Derivatives and decompositions of PyTorch's fill their own temporaries in place. One whose
+    target is a view, or has views, is left for `_check_pure` to refuse.
+    """
+    for node in list(graph.nodes):
+        if is_op(node, "copy_"):
+            _scatter(graph, node)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if not _is_mutable(node):
+            continue
+        target, name = node.args[0], node.target.overloadpacket.__name__
+        functional = getattr(aten, name.removesuffix("_"), None)
+        if functional is None or _is_view(target) or any(map(_is_view, target.users)):
+            continue
+        with graph.inserting_after(node):
+            overload = getattr(functional, node.target._overloadname)
+            new = graph.call_function(overload, node.args, node.kwargs)
+        new.meta = dict(node.meta)
+        for user in list(target.users):
+            if user is not new and order[user] > order[node]:
+                user.replace_input_with(target, new)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        order[new] = order[node]
+
+
+def _scatter(graph: fx.Graph, copy: fx.Node) -> None:
+    """Replace a write into a slice of a temporary, the only view of it, by a slice_scatter."""
+    part, source = copy.args[:2]
+    assert isinstance(part, fx.Node)
+    if not is_op(part, "slice") or set(part.users) != {copy} or copy.users:
+        return
+    whole, *where = part.args
+    assert isinstance(whole, fx.Node)
+    if _is_view(whole) or any(_is_view(user) for user in whole.users if user is not part):
+        return
+    with graph.inserting_after(copy):
+        new = graph.call_function(aten.slice_scatter.default, (whole, source, *where))
+    new.meta = {**copy.meta, "val": whole.meta["val"]}
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for user in list(whole.users):
+        if order[user] > order[new]:
+            user.replace_input_with(whole, new)
+    graph.erase_node(copy)
+    graph.erase_node(part)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node's value shares memory with its input's, as its op's schema says."""
+    if not isinstance(node.target, torch._ops.OpOverload) or _is_mutable(node):
+        return False
+    return any(result.alias_info is not None for result in node.target._schema.returns)
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _check_pure(program: fx.GraphModule) -> None:
+    """Raise RuleError if an op of the program writes in place: such a write would be lost."""
+    for node in program.graph.nodes:
+        if _is_mutable(node):
+            source = node.meta.get("custom", {})
+            raise RuleError(
+                f"the {source.get('phase', 'traced')} program would write in place: {node.target}",
+                where=f"node '{source.get('from', node.name)}' of the rewritten graph",
+                why="PyTorch's kernel or derivative of this op is not functional",
+                remedy="report this with the op; a pass can lower it to other ops",
+            )
+
+
+def _share_sizes(graph: fx.Graph) -> None:
+    """Read every symbolic size off an input, or compute it once from those that are."""
+    known: dict[str, fx.Node] = {}
+    placeholders = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(placeholders[-1]):
+        for node in reversed(placeholders):
+            if node.meta["part"] == "seed":
+                continue
+            for dim, size in enumerate(getattr(node.meta["val"], "shape", ())):
+                if isinstance(size, torch.SymInt):
+                    read = graph.call_function(aten.sym_size.int, (node, dim))
+                    read.meta["val"] = size
+                    known[str(size)] = read
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            first = known.setdefault(str(value), node)
+            if first is not node:
+                node.replace_all_uses_with(first)

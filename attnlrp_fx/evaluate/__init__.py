@@ -1,0 +1,1 @@
+"""How good explanations are: perturbation curves, and the search for better rules."""

@@ -1,0 +1,1 @@
+"""Which rule stands where: rules, the roles of layers, and composites of matcher → rule."""

@@ -1,0 +1,633 @@
+"""The explainable graph module: one compiled program, many explanations."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.utils import _pytree as pytree
+
+from attnlrp_fx import ops
+from attnlrp_fx.calculus.ledger import Ledger, read_ledger
+from attnlrp_fx.calculus.masking import Masked
+from attnlrp_fx.capture.capture import Captured, flat_inputs
+from attnlrp_fx.codegen.attributes import Attributes
+from attnlrp_fx.codegen.cost import Cost, schedule_cost
+from attnlrp_fx.codegen.programs import Compiled, ProgramOptions, Programs
+from attnlrp_fx.codegen.report import Report
+from attnlrp_fx.codegen.rewriting import Rewriting, rewrite
+from attnlrp_fx.codegen.schedule import Read, Values
+from attnlrp_fx.errors import InputError
+from attnlrp_fx.graph.operators import outputs_of
+from attnlrp_fx.heatmap import Normalisation
+from attnlrp_fx.passes import PassContext
+from attnlrp_fx.passes.slice_targets import POSITIONS
+from attnlrp_fx.rules.composites import Composite, composite_named
+from attnlrp_fx.runtime.batching import Targets
+from attnlrp_fx.runtime.checks import InputChecks, find_non_finite
+from attnlrp_fx.runtime.explanation import Explanation
+from attnlrp_fx.runtime.explanations import Explanations
+from attnlrp_fx.runtime.generation import explain_generation
+from attnlrp_fx.runtime.labels import Labels
+from attnlrp_fx.runtime.mapping import Mapped, map_dataset
+from attnlrp_fx.runtime.seeding import Seeds, entering, kinds_of, seeds_of
+from attnlrp_fx.targets import (
+    Chosen,
+    Outputs,
+    Target,
+    TargetLike,
+    TargetsLike,
+    as_target,
+    at_one_position,
+    default_scores,
+    dense,
+    outputs_as_seen,
+    positions_of,
+    targets_of,
+)
+from attnlrp_fx.torch_private import typical_size
+
+
+@dataclass(frozen=True)
+class ExplainerOptions:
+    """How programs are compiled and what they return."""
+
+    programs: ProgramOptions = field(default_factory=ProgramOptions)
+    target: Target | None = None
+    """The default target of calls; None: the highest logit of the last token."""
+    labels: Labels = field(default_factory=Labels)
+    normalisation: Normalisation | None = None
+    """What explanations undo to show an image."""
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A forward pass that has been run, from which any number of targets can be explained."""
+
+    compiled: Compiled
+    attributes: Mapping[str, Tensor]
+    given: dict[str, Tensor]
+    flat: list[Any]
+    """The flat outputs."""
+    values: Values
+    """The slots, with what relevance needs."""
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """The inputs that explanations of several targets show, spelled once."""
+
+    inputs: dict[str, Tensor]
+    spelling: Callable[[str], list[list[str]] | None]
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Tensor], labels: Labels) -> "_Shown":
+        """Inputs, each spelled when it is first asked for."""
+
+        @cache
+        def spelling(name: str) -> list[list[str]] | None:
+            return (labels.tokens(inputs, [name]) or {}).get(name)
+
+        return cls(dict(inputs), spelling)
+
+    def tokens(self, names: Iterable[str]) -> dict[str, list[list[str]]] | None:
+        """The tokens of those of some inputs that have any."""
+        found = {name: tokens for name in names if (tokens := self.spelling(name)) is not None}
+        return found or None
+
+
+class _OtherOutputs(Exception):
+    """A target reads outputs that the program has no seeds for."""
+
+
+class ExplainableGraphModule(nn.Module):
+    """A model compiled to explain itself: call it with the model's inputs.
+
+    Made by `attnlrp_fx.compile`. Parameters and buffers are the model's own, read at every call:
+    an optimiser's step, `load_state_dict` or `.to(device)` shows at once. A first call on another
+    device, or with a target that reads other outputs, compiles a program more; another batch size,
+    length, index or position does not.
+
+    Attributes:
+        model: the model itself, untouched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        captured: Captured,
+        rewriting: Rewriting,
+        options: ExplainerOptions,
+        capture_seconds: float,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        rewritten = rewriting.graph_module
+        self._graphs = {"captured": captured.graph_module, "rewritten": rewritten}
+        self._convention = captured
+        self._rewriting = rewriting
+        backend = options.programs.backend
+        self._report = Report(
+            composite=rewriting.context.composite.name,
+            backend=backend if isinstance(backend, str) else getattr(backend, "__name__", "custom"),
+            capture_seconds=capture_seconds,
+            nodes=len(captured.graph_module.graph.nodes),
+            notes=captured.notes,
+            passes=rewriting.results,
+            rules=rewriting.rule_counts(),
+            fallbacks=rewriting.fallbacks(),
+        )
+        self._options = options
+        self._target = options.target or as_target(None)
+        self._attributes = Attributes(model, rewritten)
+        self._checks = InputChecks(rewritten, captured.constants, (POSITIONS,))
+        self._programs = Programs(
+            rewritten, captured, self._attributes, options.programs, self._report.compilations
+        )
+        self._siblings: list[ExplainableGraphModule] = []
+        self._seeded: dict[Any, tuple[int, ...]] = {}
+        self.eval()
+
+    @property
+    def captured(self) -> fx.GraphModule:
+        """What the model does, as it was captured; takes and returns flat lists."""
+        return self._graphs["captured"]
+
+    @property
+    def rewritten(self) -> fx.GraphModule:
+        """Which rule stands where; takes and returns flat lists, and computes the outputs."""
+        return self._graphs["rewritten"]
+
+    @property
+    def program(self) -> fx.GraphModule:
+        """What runs, as one graph: (parameters, inputs, seeds) → (outputs, relevance), in ATen.
+
+        Where blocks repeat, what runs is a program for each distinct one, see `report()`; this is
+        all of them, traced together when first asked for.
+        """
+        return self._programs.flat(self._default_seeds(), self._attributes.device())
+
+    @property
+    def compilations(self) -> int:
+        """How many programs have been compiled so far."""
+        return len(self._programs.compiled)
+
+    def report(self) -> Report:
+        """What each pass did, each rule's count, ops that fell through, what was compiled."""
+        return self._report
+
+    def forward(
+        self,
+        *args: Any,
+        target: TargetsLike = None,
+        check_finite: bool = False,
+        **inputs: Any,
+    ) -> Explanation | Explanations:
+        """Explain a batch.
+
+        Args:
+            *args: a mapping of inputs, or tensors in the order of the model's arguments, instead
+                of keywords.
+            target: what to explain, a `Logit`, `Contrast`, `LogProb`, an index, or a function of
+                the model's outputs that returns (batch,); None: the compiled default. Several in a
+                list, or by an index or position (batch, M), share one forward pass.
+            check_finite: look for NaN and infinity in inputs, outputs and relevance, and name the
+                first node where one arises.
+            **inputs: the model's inputs by name, with the dtypes it was compiled with; batch and
+                sequence of any size.
+
+        Returns:
+            Relevance of every explained input, the model's outputs and the explained values; of
+            several targets, a sequence of explanations.
+
+        Raises:
+            InputError: the inputs do not fit.
+            TargetError: the outputs do not have the target.
+            NonFiniteError: only with check_finite.
+        """
+        device = self._attributes.device()
+        if device.type == "meta" and (check_finite or self._options.programs.audit):
+            raise InputError(
+                "the model is on the meta device: there are no values to add up or to check",
+                remedy='give it values: model.to_empty(device="cpu"), then load_state_dict',
+            )
+        targets, are_several = targets_of(target, self._target)
+        given = self._given(args, inputs)
+        if not self._slices(targets):
+            return self._whole()(given, target=target, check_finite=check_finite)  # type: ignore[no-any-return]
+        with torch.inference_mode(False), torch.no_grad():
+            found, forward = self._explain(targets, given, given)
+        asked = _at_the_only_position(targets) if self._sliced else targets
+        for one in asked if check_finite else ():
+            seeds = self._seed(one, forward.flat, forward.given)[1]
+            whole = {i: dense(seed, forward.flat[i]) for i, seed in seeds.items()}
+            find_non_finite(self.rewritten, self._attributes.values(device), forward.given, whole)
+        return Explanations(tuple(found)) if are_several else found[0]
+
+    def explain_many(
+        self,
+        targets: Sequence[Target],
+        inputs: Mapping[str, Tensor],
+        whole: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Explanations, Any]:
+        """Explain a batch, or a prefix of it, for several targets; see `Explains`."""
+        given = self._given((inputs,), {})
+        shown = given if whole is None else dict(self._given((whole,), {}))
+        with torch.inference_mode(False), torch.no_grad():
+            found, forward = self._explain(targets, given, shown)
+        scores = default_scores(self._outputs(forward.flat, given))
+        return Explanations(tuple(found)), scores
+
+    def explain_generation(
+        self,
+        *args: Any,
+        start: int,
+        sequence: str | None = None,
+        chunk: int = 16,
+        **inputs: Any,
+    ) -> Explanations:
+        """Explain every token of a text from a position on, as predicted by those before it.
+
+        Targets are taken in chunks, each on the text up to its last target, which is as good as
+        the whole text for a causal model, and cheaper; a model that looks ahead is noticed.
+
+        Args:
+            *args: as in a call: a whole text, the prompt and what was generated.
+            start: the first token to explain: the length of the prompt; 1 or more.
+            sequence: the input whose tokens are predicted, (batch, length); None:
+                "decoder_input_ids" if there is one, or else "input_ids".
+            chunk: how many targets share a run of the model.
+            **inputs: as in a call.
+
+        Returns:
+            One explanation a token; `relevance` (batch, length − start, length), zero for what
+            lies at or behind the token. `outputs` are None.
+
+        Raises:
+            InputError: the inputs do not fit, there is nothing to explain, or the model does not
+                return logits for every position.
+        """
+        given = self._given(args, inputs)
+        return explain_generation(self._whole(), given, start, sequence, chunk)
+
+    def lengths_like(self, name: str) -> tuple[str, ...]:
+        """The inputs whose second dimension is that of an input, if it is dynamic."""
+        length = self._checks.examples[name].shape[1]
+        if is_concrete_int(length):
+            return ()
+        examples = self._checks.examples.items()
+        return tuple(n for n, v in examples if v.dim() > 1 and str(v.shape[1]) == str(length))
+
+    def map(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int | None = None,
+        max_tokens: int | None = None,
+        target: TargetLike = None,
+        targets: Targets | None = None,
+        window: int = 16,
+        workers: int = 0,
+        pad: bool = True,
+        outputs: bool = False,
+        progress: bool = True,
+    ) -> Mapped:
+        """Explain every sample of a data set, in batches of nearly equal lengths.
+
+        What each option means, and every error, is with `attnlrp_fx.runtime.mapping.map_dataset`.
+
+        Args:
+            dataset: texts, mappings of inputs by name (one row each) or tensors, in anything that
+                can be iterated, or a `torch.utils.data.Dataset`.
+            batch_size: the most rows of a batch; None: 32, or what the model was fixed to.
+            max_tokens: the most tokens of a batch, padding counted.
+            target: as in a call; an index or a position may be one per sample.
+            targets: instead, a target for each sample: a sequence, or a function of the sample.
+            window: how many full batches are loaded, and sorted by length, together.
+            workers: processes that load ahead.
+            pad: whether unlike lengths may share a batch.
+            outputs: whether explanations keep the model's outputs.
+            progress: whether a progress bar is shown, on a terminal's standard error.
+
+        Returns:
+            An iterator with one explanation a sample, in the order of the data set, each as of the
+            sample alone; its `throughput` says how fast it went.
+
+        Raises:
+            InputError: an option does not fit, or, while iterating, a sample.
+            TargetError: while iterating, a sample's outputs do not have the target.
+
+        Example:
+            >>> import torch, attnlrp_fx
+            >>> mlp = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()).eval()
+            >>> explainer = attnlrp_fx.compile(mlp, torch.ones(2, 3), backend="eager")
+            >>> mapped = explainer.map(list(torch.randn(100, 3)), batch_size=64)
+            >>> sum(len(explanation) for explanation in mapped), mapped.throughput.batches
+            (100, 2)
+        """
+        return map_dataset(
+            self,
+            dataset,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            target=target,
+            targets=targets,
+            window=window,
+            workers=workers,
+            pad=pad,
+            outputs=outputs,
+            progress=progress,
+        )
+
+    def target_values(
+        self,
+        *args: Any,
+        keep: Mapping[str, Tensor] | None = None,
+        target: TargetLike = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """The target's value of each row where parts of the explained inputs are zero.
+
+        Runs the graph op by op, forward only.
+
+        Args:
+            *args: as in a call.
+            keep: by explained input, bool, in the shape of its relevance or one that broadcasts to
+                it: false for elements that are zero (of tokens, their embeddings).
+            target: as in a call.
+            **inputs: as in a call.
+
+        Returns:
+            (batch,), float32 or better.
+
+        Raises:
+            InputError: the inputs do not fit, or what is to be zero is not explained.
+            TargetError: the outputs do not have the target.
+        """
+        if self._sliced:
+            return self._whole().target_values(*args, keep=keep, target=target, **inputs)
+        device = self._attributes.device()
+        given = self._given(args, inputs)
+        sources = {n.kwargs["name"] for n in self.rewritten.graph.nodes if n.target is ops.source}
+        for name in keep or {}:
+            if name not in sources:
+                raise InputError(
+                    f"'{name}' is not explained, so nothing of it can be zero",
+                    remedy=f"choose from: {', '.join(sorted(map(str, sources)))}",
+                )
+        moved = device if device != self._programs.captured_device else None
+        with torch.no_grad():
+            attributes = self._attributes.values(device)
+            flat = Masked(self.rewritten, keep or {}, attributes, moved).run(*given.values())
+            wanted = self._target if target is None else as_target(target)
+            return wanted.choose(self._outputs(flat, given)).value
+
+    def prepare(self) -> "ExplainableGraphModule":
+        """Compile the program of the default target now rather than at the first call."""
+        self._programs.compile(self._default_seeds(), self._attributes.device())
+        return self
+
+    def with_composite(self, composite: str | Composite) -> "ExplainableGraphModule":
+        """The same model compiled with other rules, without capturing it again.
+
+        Raises:
+            RuleError: there is no composite of that name, no rule of it claims an op, or a rule
+                stands at an op that it does not fit.
+
+        Example:
+            >>> import torch, attnlrp_fx
+            >>> x, mlp = torch.ones(2, 3), torch.nn.Sequential(torch.nn.Linear(3, 4)).eval()
+            >>> plain = attnlrp_fx.compile(mlp, x, backend="eager")
+            >>> plain.with_composite("attnlrp-vision").report().composite
+            'attnlrp-vision'
+        """
+        context = replace(self._rewriting.context, composite=composite_named(composite))
+        return self._sibling(context).prepare()
+
+    def _sibling(self, context: PassContext) -> "ExplainableGraphModule":
+        """The same model rewritten otherwise."""
+        rewriting = rewrite(self._convention, context, self._rewriting.passes)
+        seconds = self._report.capture_seconds
+        made = ExplainableGraphModule(
+            self.model, self._convention, rewriting, self._options, seconds
+        )
+        made._programs.captured_device = (
+            self._programs.captured_device
+        )  # the model may have moved since
+        return made
+
+    def refresh(self) -> None:
+        """Compute kept derived weights anew at the next call.
+
+        Needed only with `derived_weights="keep"`, after writing to parameters in a way that
+        PyTorch does not count: through `.data`, or from outside of PyTorch.
+        """
+        self._programs.forget_derived()
+
+    def cost(self, *args: Any, device: torch.device | str | None = None, **inputs: Any) -> Cost:
+        """What explaining a batch takes, in operations and memory; nothing is computed.
+
+        Args:
+            *args: as in a call; only sizes and dtypes are read.
+            device: where it would run; None: where the model is. A model on "meta" takes no
+                memory, and its programs for other devices can be asked about.
+            **inputs: as in a call.
+
+        Raises:
+            InputError: the inputs do not fit.
+
+        Example:
+            >>> import torch, attnlrp_fx
+            >>> linear = torch.nn.Linear(3, 4, device="meta").eval()
+            >>> x = torch.ones(2, 3, device="meta")
+            >>> attnlrp_fx.compile(linear, x).cost(x, device="cpu").forward_flops  # 2 · 2 · 3 · 4
+            48
+        """
+        values = self._checks.ordered(self._named(args, inputs), torch.device("meta"))
+        given = dict(zip(self._checks.examples, values, strict=True))
+        if self._sliced:
+            given[POSITIONS] = values[0].new_empty(len(values[0]), dtype=torch.int64)
+        seeded, own = self._default_seeds(), self._attributes.device()
+        wanted = own if device is None else torch.device(device)
+        same = wanted == own
+        found = (
+            self._programs.compile(seeded, own).schedule
+            if same
+            else self._programs.planned(seeded, wanted)[0]
+        )
+        return schedule_cost(found, given)
+
+    def _explain(
+        self, targets: Sequence[Target], given: dict[str, Tensor], whole: Mapping[str, Tensor]
+    ) -> tuple[list[Explanation], _Forward]:
+        """The explanation for each target, and the one forward pass.
+
+        `whole` are the inputs to show, of which those given may be a prefix.
+        """
+        kinds = kinds_of(targets)
+        asked, filled = targets, given
+        if self._sliced:
+            filled = {**given, POSITIONS: self._positions(targets[0], given)}
+            asked = _at_the_only_position(targets)
+        seeded = self._seeded.get(kinds) or self._default_seeds()
+        forward = self._run_forward(seeded, filled)
+        if kinds not in self._seeded:
+            read = {i for target in asked for i in self._seed(target, forward.flat, filled)[1]}
+            self._seeded[kinds] = seeded if read <= set(seeded) else tuple(sorted(read))
+            if self._seeded[kinds] != seeded:
+                forward = self._run_forward(self._seeded[kinds], filled)
+        shown = _Shown.of(whole, self._options.labels)
+        last = len(asked) - 1
+        try:
+            found = [self._explain_one(forward, t, shown, i == last) for i, t in enumerate(asked)]
+        except _OtherOutputs:  # a function of the outputs may read others each time
+            del self._seeded[kinds], forward
+            return self._explain(targets, given, whole)
+        return found, forward
+
+    @property
+    def _sliced(self) -> tuple[int, ...]:
+        """The outputs of which the target's position alone is computed."""
+        return self._rewriting.context.sliced
+
+    def _slices(self, targets: Sequence[Target]) -> bool:
+        """Whether the program that slices outputs, if it does, can serve these targets."""
+        if not self._sliced:
+            return True
+        name = getattr(targets[0], "output", None)
+        names = [self._convention.output_names[i] for i in self._sliced]
+        return at_one_position(targets) and (name is None or name in names)
+
+    def _whole(self) -> "ExplainableGraphModule":
+        """The same without slicing, for targets that read more than one position."""
+        if not self._sliced:
+            return self
+        if not self._siblings:
+            context = replace(self._rewriting.context, sliced=())
+            self._siblings.append(self._sibling(context))
+        return self._siblings[0]
+
+    def _positions(self, target: Target, given: Mapping[str, Tensor]) -> Tensor:
+        """Each row's position, found before anything is computed."""
+        sizes = {
+            str(expected): size
+            for name, example in self._checks.examples.items()
+            for expected, size in zip(example.shape, given[name].shape, strict=True)
+        }
+        wanted = outputs_of(self.captured.graph)[self._sliced[0]].meta["val"].shape
+        shape = [int(typical_size(size, 1, sizes)) for size in wanted]
+        names = self._convention.output_names
+        named = dict.fromkeys(names, torch.zeros(()))
+        masks = outputs_as_seen(self._convention, [None] * len(names), given).masks
+        return positions_of(target, shape, Outputs(named, None, masks)).to(
+            self._attributes.device()
+        )
+
+    def _run_forward(self, seeded: tuple[int, ...], given: dict[str, Tensor]) -> _Forward:
+        device = self._attributes.device()
+        compiled = self._programs.compile(seeded, device)
+        attributes = self._attributes.values(device)
+        self._attributes.check_dtypes(attributes)
+        values = compiled.start(attributes, given)
+        flat = compiled.schedule.run_forward(values, compiled.run)
+        return _Forward(compiled, attributes, given, flat, values)
+
+    def _explain_one(
+        self, forward: _Forward, target: Target, shown: "_Shown", last: bool
+    ) -> Explanation:
+        """One target's explanation; the last one's leaves nothing for another."""
+        made, flat = forward.compiled.schedule, forward.flat
+        chosen, seeds = self._seed(target, flat, forward.given)
+        if not seeds.keys() <= made.seeded.keys():
+            raise _OtherOutputs
+        values = forward.values if last else forward.values.copy()
+        arriving = entering(made, seeds, flat, forward.attributes)
+        read = made.run_relevance(values, arriving, forward.compiled.run)
+        names = [name for name in shown.inputs if name in read.relevance]
+        classes, is_token = self._classes(flat, seeds)
+        return Explanation(
+            relevance={n: _padded(read.relevance[n], shown.inputs[n]) for n in names},
+            outputs=pytree.tree_unflatten(list(flat), self._convention.output_spec),
+            target_value=chosen.value.detach(),
+            target=str(target),
+            inputs=shown.inputs,
+            tokens=shown.tokens(names),
+            mask=self._options.labels.masks(shown.inputs, names),
+            ledger=self._ledger(read, chosen, flat, seeds)
+            if self._options.programs.audit
+            else None,
+            labels=self._options.labels.of_index(chosen.index, classes, is_token),
+            target_index=chosen.index,
+            normalisation=self._options.normalisation,
+        )
+
+    def _given(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Inputs by placeholder name, checked, where the model is."""
+        values = self._checks.ordered(self._named(args, inputs), self._attributes.device())
+        return dict(zip(self._checks.examples, values, strict=True))
+
+    def _named(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs by placeholder name: keywords, one mapping, or positional tensors."""
+        if len(args) == 1 and isinstance(args[0], Mapping):
+            inputs = {**args[0], **inputs}
+        elif args:
+            names = list(self._checks.examples)
+            if len(args) > len(names):
+                raise InputError(f"{len(args)} inputs given, the model takes {len(names)}")
+            inputs = {**dict(zip(names, args, strict=False)), **inputs}
+        return flat_inputs(inputs)
+
+    def _seed(
+        self, target: Target, flat: Sequence[Any], given: Mapping[str, Tensor]
+    ) -> tuple[Chosen, Seeds]:
+        """The target, and its gradient with respect to each output that it reads."""
+        return seeds_of(target, self.rewritten, self._convention, flat, given)
+
+    def _outputs(self, flat: Sequence[Any], given: Mapping[str, Tensor]) -> Outputs:
+        """The flat outputs as a target sees them."""
+        return outputs_as_seen(self._convention, flat, given)
+
+    def _default_seeds(self) -> tuple[int, ...]:
+        """The outputs that the default target reads, found on the example's outputs."""
+        kind = kinds_of([self._target])
+        if kind not in self._seeded:
+            example = self._convention.example
+            with torch.no_grad():
+                flat = self.captured(*example.values())
+            self._seeded[kind] = tuple(sorted(self._seed(self._target, flat, example)[1]))
+        return self._seeded[kind]
+
+    def _classes(self, flat: Sequence[Any], seeded: Iterable[int]) -> tuple[int, bool]:
+        """How many classes the explained output has, and whether they are tokens."""
+        output = flat[next(iter(seeded))]
+        return output.shape[-1], output.dim() == 3 or output.shape[-1] > 1000
+
+    def _ledger(self, read: Read, chosen: Chosen, flat: Sequence[Tensor], seeds: Seeds) -> Ledger:
+        # As the reverse pass meets them: from the target to the inputs.
+        nodes = [node for node in reversed(self.rewritten.graph.nodes) if node.name in read.sums]
+        sums = [read.sums[node.name] for node in nodes]
+        whole = {i: dense(seed, flat[i]) for i, seed in seeds.items()}
+        seeded = sum(float((flat[i].double() * seed.double()).sum()) for i, seed in whole.items())
+        return read_ledger(
+            nodes,
+            torch.stack(sums) if sums else torch.zeros(0, 3),
+            target=float(chosen.value.double().sum()),
+            seeded=seeded,
+            inputs={name: float(r.double().sum()) for name, r in read.relevance.items()},
+        )
+
+
+def _at_the_only_position(targets: Sequence[Any]) -> list[Target]:
+    """Targets of outputs of which one position is left."""
+    return [replace(target, position=0) for target in targets]
+
+
+def _padded(relevance: Tensor, whole: Tensor) -> Tensor:
+    """Relevance of a prefix as that of the whole, which is zero behind."""
+    rest = whole.shape[1] - relevance.shape[1] if relevance.dim() > 1 else 0
+    if not rest:
+        return relevance
+    return torch.nn.functional.pad(relevance, [0, 0] * (relevance.dim() - 2) + [0, rest])

@@ -1,0 +1,416 @@
+"""Explain a whole data set: batches of nearly equal lengths in, one explanation a sample out.
+
+Nothing differs from explaining one sample at a time, to rounding: rows are padded only where that
+changes nothing (see `attnlrp_fx.runtime.batching`), and what was added is cut off again. Results come in
+the order of the data set. Memory holds a window of samples, or two, and what was explained of one
+before its turn came.
+"""
+
+import os
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.errors import LiveError
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
+
+from attnlrp_fx.capture.capture import Captured
+from attnlrp_fx.codegen.attributes import Attributes
+from attnlrp_fx.errors import AttnLRPError, InputError, TargetError
+from attnlrp_fx.runtime.batching import (
+    PER_ROW,
+    Batch,
+    Batcher,
+    Layout,
+    Targets,
+    Window,
+    Windows,
+    windows_of,
+)
+from attnlrp_fx.runtime.explanation import Explanation
+from attnlrp_fx.runtime.labels import Labels
+from attnlrp_fx.targets import Target, TargetLike
+
+
+class _HasLabels(Protocol):
+    @property
+    def labels(self) -> Labels: ...
+
+
+class Explains(Protocol):
+    """What is read of an explainable graph module, which is made a layer above."""
+
+    model: nn.Module
+
+    @property
+    def __call__(self) -> Any: ...
+
+    @property
+    def _convention(self) -> Captured: ...
+
+    @property
+    def _attributes(self) -> Attributes: ...
+
+    @property
+    def _target(self) -> Target: ...
+
+    @property
+    def _options(self) -> _HasLabels: ...
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What was explained, and how fast."""
+
+    samples: int = 0
+    tokens: int = 0
+    """Tokens of the samples; 0 if the model reads none."""
+    padded_tokens: int = 0
+    """Tokens of the batches, padding and rows that only fill a batch among them."""
+    batches: int = 0
+    seconds: float = 0.0
+    """Spent on loading and explaining; what the caller does with explanations does not count."""
+
+    @property
+    def samples_per_second(self) -> float:
+        """Samples explained in a second."""
+        return self.samples / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of samples explained in a second, padding left out."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def padding(self) -> float:
+        """The share of tokens computed for nothing, from 0 to 1."""
+        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+    def __str__(self) -> str:
+        text = f"{self.samples:,} samples in {self.seconds:.1f} s, {self.samples_per_second:.4g}/s"
+        if not self.padded_tokens:
+            return text
+        tokens = f"{self.tokens:,} tokens, {self.tokens_per_second:,.0f}/s"
+        return f"{text}; {tokens}; {100 * self.padding:.0f} % padding"
+
+
+class Mapped(Iterator[Explanation]):
+    """The explanations of a data set, one a sample, in its order; made by `map_dataset`.
+
+    An iterator: nothing is computed before it is asked for, and it can be gone through once. Where
+    a loop is left early, `close` it, or use it in a `with` statement, to end the progress bar and
+    what loads samples ahead.
+    """
+
+    def __init__(self, explained: "_Explained") -> None:
+        self._explained = explained
+        self._results = explained.results()
+
+    @property
+    def throughput(self) -> Throughput:
+        """What has been explained so far, and how fast; of all when the iterator is finished."""
+        return self._explained.throughput
+
+    def __next__(self) -> Explanation:
+        start = time.perf_counter()
+        try:
+            return next(self._results)
+        finally:
+            self._explained.add(seconds=time.perf_counter() - start)
+
+    def close(self) -> None:
+        """Stop here."""
+        self._results.close()
+
+    def __enter__(self) -> "Mapped":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def map_dataset(
+    explainer: Explains,
+    dataset: Any,
+    *,
+    batch_size: int | None = None,
+    max_tokens: int | None = None,
+    target: TargetLike = None,
+    targets: Targets | None = None,
+    window: int = 16,
+    workers: int = 0,
+    pad: bool = True,
+    outputs: bool = False,
+    progress: bool = True,
+) -> Mapped:
+    """Explain every sample of a data set.
+
+    Each explanation has one row and no padding, lies in main memory, and equals that of the sample
+    alone to rounding. Of a model on a GPU, batches are copied from pinned memory.
+
+    Args:
+        explainer: an explainable graph module.
+        dataset: samples, in anything that can be iterated, or a `torch.utils.data.Dataset`. A
+            sample is a text (of an explainer compiled with a tokenizer), a mapping of inputs by
+            name, one row each (tensors, arrays or lists of numbers, as of a tokenizer or a table),
+            or a tensor, of a model with one input. Lengths may differ.
+        batch_size: the most rows of a batch; None: 32, or what the model was fixed to.
+        max_tokens: the most tokens of a batch, padding counted; one sample that has more is a batch
+            of its own.
+        target: as in a call, for all samples; an index or a position may be one per sample.
+        targets: instead, a target for each sample: in a sequence, or by a function of the sample.
+        window: how many full batches are loaded, and sorted by length, together. More mean less
+            padding, and more memory.
+        workers: processes that load ahead; with 0, samples are loaded between batches. What can
+            only be iterated is loaded by one at most.
+        pad: whether unlike lengths may share a batch. If not, only equal ones do: for models that
+            padding changes although there is a mask, as a convolution over the sequence may.
+        outputs: whether explanations keep the model's outputs; else they are None. Of a language
+            model they are large, and a window of them may wait for its turn.
+        progress: whether a progress bar is shown, on a terminal's standard error.
+
+    Returns:
+        An iterator with one explanation a sample, in the order of the data set; its `throughput`
+        says how fast it went. The ledger is a batch's: rows have one only with batch_size=1.
+
+    Raises:
+        InputError: a size is less than 1, or the model takes another number of rows, or this is no
+            data set. While iterating, a sample that is unfit, with its number, once all before it
+            have been returned.
+        TargetError: while iterating, a sample's outputs do not have the target.
+
+    Example:
+        >>> import attnlrp_fx
+        >>> from attnlrp_fx.loading import load
+        >>> from attnlrp_fx.runtime.mapping import map_dataset
+        >>> model, tokenizer = load()
+        >>> example = tokenizer("any text", return_tensors="pt")
+        >>> explainer = attnlrp_fx.compile(model, example, backend="eager", tokenizer=tokenizer)
+        >>> texts = ["The performances are wonderful.", "Dull.", "It was a waste of time."]
+        >>> mapped = map_dataset(explainer, texts, batch_size=2)
+        >>> for explanation in mapped:
+        ...     print(explanation.labels[0], explanation.top(1)[0][0].token)
+        positive wonderful
+        negative dull
+        negative waste
+        >>> mapped.throughput.samples, mapped.throughput.batches
+        (3, 2)
+    """
+    if workers < 0:
+        raise InputError(f"workers is {workers}", remedy="pass workers of 0 or more")
+    tokenizer = explainer._options.labels.tokenizer
+    batcher = Batcher(
+        layout=Layout.of(explainer._convention, pad),
+        target=explainer._target,
+        chosen=target,
+        targets=targets,
+        tokenizer=tokenizer,
+        padding=_padding(tokenizer, explainer.model),
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        window=window,
+    )
+    windows = windows_of(dataset, batcher)
+    total = len(dataset) if hasattr(dataset, "__len__") else None
+    if total is not None:
+        _check_targets(total, targets if targets is not None else target)
+    device = explainer._attributes.device()
+    many = workers if isinstance(windows, Windows) else min(workers, 1)
+    loader = DataLoader(
+        windows,
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=many,
+        prefetch_factor=1 if many else None,  # a window: the next is loaded while one is explained
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_quiet_tokenizers,
+        generator=torch.Generator(),  # the default one is the user's
+    )
+    return Mapped(_Explained(explainer, loader, batcher, device, outputs, total, progress))
+
+
+def _padding(tokenizer: Any, model: nn.Module) -> int:
+    """The token to pad with: any will do under a mask, but some models look for it themselves."""
+    config = getattr(model, "config", None)
+    found = (
+        getattr(tokenizer, "pad_token_id", None),
+        getattr(config, "pad_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+    )
+    return next((each for each in found if isinstance(each, int) and each >= 0), 0)
+
+
+def _check_targets(total: int, targets: Any) -> None:
+    """Raise InputError if there is not one target for each sample."""
+    rows = [targets, *(getattr(targets, name, None) for name in PER_ROW)]
+    for each in rows:
+        is_scalar = isinstance(each, Tensor) and each.dim() == 0
+        if hasattr(each, "__len__") and not is_scalar and len(each) != total:
+            raise InputError(
+                f"there are {len(each)} targets for {total} samples",
+                remedy="pass one for all, or one per sample",
+            )
+
+
+def _unchanged(window: Any) -> Any:
+    """Windows need no collation."""
+    return window
+
+
+def _quiet_tokenizers(worker: int) -> None:
+    """A forked tokenizer uses one thread; say so before it warns about it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class _Explained:
+    """What `Mapped` goes through: windows to batches to rows, put in order."""
+
+    def __init__(
+        self,
+        explainer: Explains,
+        loader: DataLoader[Window],
+        batcher: Batcher,
+        device: torch.device,
+        outputs: bool,
+        total: int | None,
+        progress: bool,
+    ) -> None:
+        self.explainer, self.loader, self.device = explainer, loader, device
+        self.batcher, self.outputs, self.total = batcher, outputs, total
+        self.progress = progress
+        self.throughput = Throughput()
+
+    def add(self, **more: float) -> None:
+        """Count what was done."""
+        was = vars(self.throughput)
+        self.throughput = replace(self.throughput, **{n: was[n] + v for n, v in more.items()})
+
+    def results(self) -> Generator[Explanation]:
+        """The explanations in the order of the data set."""
+        waiting: dict[int, Explanation] = {}
+        due = 0
+        with _Bar(self.total, self.progress) as bar:
+            for window in self.loader:
+                for batch in window.batches:
+                    waiting |= zip(batch.numbers, self._rows(batch), strict=True)
+                    self.add(
+                        samples=len(batch.numbers),
+                        tokens=batch.tokens,
+                        padded_tokens=batch.padded_tokens,
+                        batches=1,
+                    )
+                    bar.advance(len(batch.numbers), batch.tokens)
+                    while due in waiting:
+                        yield waiting.pop(due)
+                        due += 1
+                if window.error is not None:
+                    raise window.error
+
+    def _rows(self, batch: Batch) -> list[Explanation]:
+        """The explanation of each sample of a batch."""
+        try:
+            explanation = self._explain(batch)
+        except (InputError, TargetError) as error:
+            raise self._blamed(batch, error) from error
+        whole = explanation.outputs
+        explanation = _in_main_memory(replace(explanation, outputs=None))
+        rows = [explanation.row(i, lengths) for i, lengths in enumerate(batch.lengths)]
+        if self.outputs:
+            rows = [replace(r, outputs=self._outputs(whole, batch, i)) for i, r in enumerate(rows)]
+        return rows
+
+    def _explain(self, batch: Batch) -> Explanation:
+        inputs = {n: v.to(self.device, non_blocking=True) for n, v in batch.inputs.items()}
+        found: Explanation = self.explainer({**inputs, **batch.constants}, target=batch.target)
+        return found
+
+    def _outputs(self, whole: Any, batch: Batch, row: int) -> Any:
+        """The model's outputs of one row, without what padding added to them."""
+        leaves, spec = pytree.tree_flatten(whole)
+        rows = len(next(iter(batch.inputs.values())))
+        found = []
+        for name, leaf in zip(self.explainer._convention.output_names, leaves, strict=True):
+            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows:
+                leaf = leaf[row : row + 1]
+                for dim, mask in enumerate(self.batcher.layout.outputs.get(name, ())):
+                    if mask and leaf.shape[dim] == batch.inputs[mask].shape[1]:
+                        leaf = leaf.narrow(dim, 0, batch.lengths[row][mask])
+                leaf = leaf.clone() if leaf.is_cpu else leaf.cpu()
+            found.append(leaf)
+        return pytree.tree_unflatten(found, spec)
+
+    def _blamed(self, batch: Batch, error: AttnLRPError) -> AttnLRPError:
+        """The same error, of the sample that it is about: the first that fails by itself."""
+        where = f"samples {', '.join(map(str, sorted(batch.numbers)))}"
+        for row, number in enumerate(batch.numbers):
+            try:
+                self._explain(self.batcher.alone(batch, row))
+            except (InputError, TargetError) as found:
+                error, where = found, f"sample {number}"
+                break
+        where = f"{where}: {error.where}" if error.where else where
+        return type(error)(error.what, where=where, why=error.why, remedy=error.remedy)
+
+
+def _in_main_memory(explanation: Explanation) -> Explanation:
+    """The same, of values on a GPU a copy."""
+
+    def moved(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.cpu() for name, value in values.items()}
+
+    index = explanation.target_index
+    return replace(
+        explanation,
+        relevance=moved(explanation.relevance),
+        target_value=explanation.target_value.cpu(),
+        inputs=moved(explanation.inputs),
+        mask=explanation.mask and moved(explanation.mask),
+        target_index=None if index is None else index.cpu(),
+    )
+
+
+class _Bar:
+    """Samples done, tokens per second and the time left, on a terminal's standard error."""
+
+    def __init__(self, total: int | None, wanted: bool) -> None:
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("explaining"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+        )
+        shown = wanted and (console.is_terminal or console.is_jupyter)
+        self._progress = Progress(*columns, console=console, transient=True, disable=not shown)
+        self._task = self._progress.add_task("", total=total, speed="")
+        self._tokens = 0
+
+    def __enter__(self) -> "_Bar":
+        try:
+            self._progress.start()
+        except LiveError:  # another bar is shown: this one stays away
+            self._progress.disable = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, samples: int, tokens: int) -> None:
+        """Show that a batch is done."""
+        self._tokens += tokens
+        elapsed = self._progress.tasks[0].elapsed or 0.0
+        speed = f"{self._tokens / elapsed:,.0f} tokens/s" if self._tokens and elapsed else ""
+        self._progress.update(self._task, advance=samples, speed=speed)
