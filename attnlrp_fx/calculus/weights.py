@@ -28,9 +28,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from attnlrp_fx import ops
 from attnlrp_fx.calculus.calls import Call, Message, Shares
 from attnlrp_fx.calculus.contributions import Layer, layer_of, spread
-from attnlrp_fx.calculus.windows import window_of
 from attnlrp_fx.calculus.pullbacks import stabilised
 from attnlrp_fx.calculus.relevance import factored
+from attnlrp_fx.calculus.windows import window_of
 from attnlrp_fx.graph.operators import (
     aten,
     is_convolution,
@@ -79,7 +79,7 @@ class Operand:
     merged BatchNorm), which hand relevance on as it is."""
 
     def relevance(self, at_layer: Tensor, values: Mapping[fx.Node, Any]) -> Tensor:
-        """The parameter's relevance from that of what the layer reads, zero for what is not read."""
+        """The parameter's relevance from that of what is read of it; the rest has none."""
         for node in self.path:
             if is_op(node, *CASTS, "mul"):
                 continue

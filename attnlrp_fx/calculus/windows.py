@@ -42,9 +42,8 @@ class Window:
 
 def window_of(call: Call) -> Window:
     """The window of a call of a convolution."""
-    op, (x, weight, *_) = packet(call.op), call.args
-    sizes = tuple(weight.shape[2:])
-    names = ("stride", "padding", "dilation", "groups")
+    op, sizes = packet(call.op), tuple(call.args[1].shape[2:])
+    names: tuple[str, ...] = ("stride", "padding", "dilation", "groups")
     if op is aten.convolution:
         names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
     elif op in TRANSPOSED:

@@ -34,7 +34,7 @@ from attnlrp_fx.runtime.generation import explain_generation
 from attnlrp_fx.runtime.labels import Labels
 from attnlrp_fx.runtime.mapping import Mapped, map_dataset
 from attnlrp_fx.runtime.seeding import Seeds, entering, kinds_of, seeds_of
-from attnlrp_fx.runtime.weights import Sums, Weighed, WeightRelevance, weight_relevance
+from attnlrp_fx.runtime.weight_relevance import Sums, Weighed, WeightRelevance, weight_relevance
 from attnlrp_fx.targets import (
     Chosen,
     Outputs,

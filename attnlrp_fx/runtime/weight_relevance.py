@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attnlrp_fx.calculus.weights import Weight
 from attnlrp_fx.errors import InputError
-from attnlrp_fx.runtime.batching import Batch
+from attnlrp_fx.runtime.batching import Batch, Layout
 from attnlrp_fx.runtime.loader import Bar, Explains, load_batches
 from attnlrp_fx.targets import Target
 
@@ -143,7 +143,8 @@ def weight_relevance(
     """
     if batch_size is None:
         largest = max((p.nbytes for p in explainer.model.parameters()), default=1)
-        batch_size = max(1, min(32, LARGEST // max(1, largest)))
+        most = Layout.of(explainer._convention).rows or 32
+        batch_size = max(1, min(most, LARGEST // max(1, largest)))
     loaded = load_batches(explainer, dataset, batch_size=batch_size, **options)
     rows_told_apart, samples, sums = True, 0, Sums()
     with Bar(loaded.total, progress) as bar:
