@@ -7,7 +7,7 @@ A rewritten graph is the model's graph in which every explained node says which 
 
 Each relevance op *is* the op that it wraps, so a rewritten graph runs and returns the model's
 outputs; what differs is how `attnlrp_fx.calculus.pullbacks` takes a coefficient through it. Keyword-only
-arguments are the rule's parameters. `source`, `boundary` and `statistic` are markers.
+arguments are the rule's parameters. `source`, `boundary`, `latent` and `statistic` are markers.
 """
 
 import operator
@@ -34,6 +34,39 @@ def source(
 def boundary(value: Tensor) -> Tensor:
     """Mark an explained value that one region of a graph takes over from another."""
     return value
+
+
+def latent(
+    value: Tensor, units: Tensor | None = None, places: Tensor | None = None, *, unit: int = 0
+) -> Tensor:
+    """Mark a latent value whose activation and relevance are read.
+
+    Where they are given, `units` and `places` say what of its relevance it hands on, see `kept_of`.
+    """
+    return value
+
+
+def kept_of(value: Tensor, units: Tensor, places: Tensor, unit: int) -> Tensor:
+    """The share of its relevance that each element of a latent value hands on.
+
+    `unit` is the dimension of the units; the last row of `units`, (3, units), and the last one of
+    `places`, (2, ...) over the other dimensions, are multiplied.
+    """
+    return _along(units[2], value, unit) * places[1].unsqueeze(unit)
+
+
+def intervened(value: Tensor, units: Tensor, places: Tensor, *, unit: int) -> Tensor:
+    """A latent value that is changed: units times the first row of `units`, plus the second.
+
+    The first of `places` says where, by 1 and 0. Elsewhere, and by 1 and 0, it is as it was.
+    """
+    where = places[0].unsqueeze(unit)
+    factor, summand = (_along(row, value, unit) for row in (units[0], units[1]))
+    return (value * (1 + where * (factor - 1)) + where * summand).to(value.dtype)
+
+
+def _along(row: Tensor, value: Tensor, dim: int) -> Tensor:
+    return row.reshape([len(row) if d == dim else 1 for d in range(value.dim())])
 
 
 def statistic(value: Tensor) -> Tensor:
@@ -197,4 +230,8 @@ def is_explained(node: fx.Node) -> bool:
         owner = node.args[0]
         assert isinstance(owner, fx.Node)
         return is_explained(owner) and (value.is_floating_point() or value.is_complex())
+    if node.target is latent:
+        value = node.args[0]
+        assert isinstance(value, fx.Node)
+        return is_explained(value)
     return node.target in (source, boundary) or node.target in RELEVANCE_OPS

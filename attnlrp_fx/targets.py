@@ -50,9 +50,10 @@ def outputs_as_seen(
 ) -> Outputs:
     """Flat outputs, and the masks among the inputs, as a target sees them."""
     names = convention.output_names
-    named = {names[i]: value for i, value in enumerate(flat) if _is_floating(value)}
+    named = {n: value for n, value in zip(names, flat, strict=False) if _is_floating(value)}
     masks = {n: v for n, v in given.items() if n.endswith("attention_mask") and v.dim() == 2}
-    return Outputs(named, pytree.tree_unflatten(list(flat), convention.output_spec), masks)
+    spec = convention.output_spec
+    return Outputs(named, pytree.tree_unflatten(list(flat[: spec.num_leaves]), spec), masks)
 
 
 def _is_floating(value: Any) -> bool:

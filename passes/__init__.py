@@ -14,6 +14,7 @@ from attnlrp_fx.passes.lower_bags import lower_bags
 from attnlrp_fx.passes.lower_copies import lower_copies
 from attnlrp_fx.passes.lower_pools import lower_pools
 from attnlrp_fx.passes.lower_rrelu import lower_rrelu
+from attnlrp_fx.passes.mark_latents import mark_latents
 from attnlrp_fx.passes.mark_positions import mark_positions
 from attnlrp_fx.passes.mark_signs import mark_signs
 from attnlrp_fx.passes.mark_sources import mark_sources
@@ -25,6 +26,7 @@ from attnlrp_fx.passes.raise_attention import raise_attention
 from attnlrp_fx.passes.raise_norms import raise_norms
 from attnlrp_fx.passes.raise_routing import raise_routing
 from attnlrp_fx.passes.raise_scans import raise_scans
+from attnlrp_fx.passes.return_latents import return_latents
 from attnlrp_fx.passes.slice_targets import slice_targets
 
 NORMALISE: tuple[Pass, ...] = (
@@ -46,10 +48,17 @@ RAISE: tuple[Pass, ...] = (
     raise_routing,
     raise_scans,
     raise_activations,
+    mark_latents,
 )
 """Passes that recognise what was decomposed."""
 
-ASSIGN: tuple[Pass, ...] = (slice_targets, push_selections, assign_rules, mark_signs)
+ASSIGN: tuple[Pass, ...] = (
+    slice_targets,
+    push_selections,
+    assign_rules,
+    mark_signs,
+    return_latents,
+)
 """Passes that decide what is computed, and write rules into the graph."""
 
 PIPELINE: tuple[Pass, ...] = (*NORMALISE, *RAISE, *ASSIGN)
@@ -102,6 +111,7 @@ __all__ = [
     "lower_copies",
     "lower_pools",
     "lower_rrelu",
+    "mark_latents",
     "mark_positions",
     "mark_signs",
     "mark_sources",
@@ -113,6 +123,7 @@ __all__ = [
     "raise_norms",
     "raise_routing",
     "raise_scans",
+    "return_latents",
     "run_passes",
     "slice_targets",
     "verify",

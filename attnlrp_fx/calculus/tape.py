@@ -68,6 +68,8 @@ class Reading:
     """Per parameter that is asked for and stands in a layer that relevance passed through."""
     rows_told_apart: bool = True
     """Whether parameters' relevance is known of each row of the batch."""
+    latent: dict[str, Tensor] = field(default_factory=dict)
+    """Per name of a marker: the relevance of the latent value, float32 or better."""
 
     def hand_out(self, boundary: fx.Node, c: Tensor | None, r: Tensor | None) -> None:
         """Read off what a boundary received."""
@@ -229,6 +231,8 @@ class Tape(Runner):
                 elif node.target is ops.source:
                     origin = node.kwargs.get("ids", node.args[0])
                     _add(relevance, origin, self._relevance_of_source(node, *received.pop(node)))
+                elif node.target is ops.latent:
+                    self._read(node, received, reading, audit)
                 elif node.target is operator.getitem:
                     received.hand_to_owner(node)
                 else:
@@ -302,14 +306,33 @@ class Tape(Runner):
     def _relevance_of_source(self, node: fx.Node, c: Tensor | None, r: Tensor | None) -> Tensor:
         """R = x·c + r of a source in float32 or better, summed over the features of tokens."""
         value: Tensor = self.env[node]
-        dtype = torch.promote_types(value.dtype, torch.float32)
-        wide = [None if part is None else part.to(dtype) for part in (c, r)]
-        relevance: Tensor = relevance_of(value.to(dtype), *wide)
+        relevance = _wide_relevance(value, c, r)
         ids = node.kwargs.get("ids")
         if not isinstance(ids, fx.Node):
             return relevance
         kept = node.kwargs.get("keep") or range(self.env[ids].dim())
         return relevance.sum([d for d in range(value.dim()) if d not in kept])  # type: ignore[operator]
+
+    def _read(self, node: fx.Node, received: "Received", reading: Reading, audit: bool) -> None:
+        """Read a latent value's relevance off, and hand on what its condition lets through."""
+        args, unit = self.fetch_args_kwargs_from_env(node)
+        (value, *edits), parts = args, received.pop(node)
+        kept = parts
+        if edits:
+            share = ops.kept_of(value, *edits, **unit)
+            c, r = (None if part is None else (part * share).to(part.dtype) for part in parts)
+            kept = c, r
+        reading.latent[node.name] = passed = _wide_relevance(value, *kept)
+        marked: Any = node.args[0]
+        for sums, part in zip((received.coefficients, received.relevance), kept, strict=True):
+            if part is not None:
+                _add(sums, marked, part)
+        if audit and edits:
+            total, on = (
+                relevance.sum(dtype=torch.float64)
+                for relevance in (_wide_relevance(value, *parts), passed)
+            )
+            reading.sums[node.name] = torch.stack([total, on, total - on])
 
     def _carry(
         self, node: fx.Node, relevance: dict[fx.Node, Tensor], reading: Reading, audit: bool
@@ -368,6 +391,14 @@ class Received:
         for sums in (self.coefficients, self.relevance):
             if node in sums:
                 _add(sums.setdefault(owner, {}), part, sums.pop(node))
+
+
+def _wide_relevance(value: Tensor, c: Tensor | None, r: Tensor | None) -> Tensor:
+    """R = x·c + r in float32 or better."""
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    wide = [None if part is None else part.to(dtype) for part in (c, r)]
+    relevance: Tensor = relevance_of(value.to(dtype), *wide)
+    return relevance
 
 
 def _is_affine(call: Call, output: Any) -> bool:

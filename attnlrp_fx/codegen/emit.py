@@ -46,8 +46,8 @@ class Port(NamedTuple):
 class Program:
     """A traced graph, whole and split.
 
-    The whole takes (attributes, inputs, seeds) and returns (outputs, what inputs receive, the
-    relevance of parameters, sums).
+    The whole takes (attributes, inputs, seeds) and returns (outputs, what inputs receive, relevance
+    of parameters, of latent values, sums).
     """
 
     graph_module: fx.GraphModule
@@ -66,6 +66,8 @@ class Program:
     """Whether their magnitudes are summed over rows."""
     audited: tuple[int, ...]
     """The nodes whose sums it returns, by their places in the graph; empty unless audited."""
+    latent: tuple[int, ...]
+    """The markers of latent values whose relevance it returns, by their places in the graph."""
     rest: fx.GraphModule
     """The whole, without what is derived from attributes alone."""
     forward: fx.GraphModule
@@ -130,6 +132,7 @@ def emit(
     received: list[Port] = []
     audited: list[str] = []
     weighed: dict[str, bool] = {}
+    latent: list[str] = []
     traced_last: list[tuple[fx.Node, str]] = []
 
     def annotate(node: fx.Node, phase: str) -> AbstractContextManager[None]:
@@ -151,12 +154,13 @@ def emit(
             for name, value in values.items()
         }
         received[:] = found
-        audited[:] = read.sums
+        audited[:], latent[:] = read.sums, read.latent
         weighed.update(dict.fromkeys(read.weights, read.rows_told_apart))
         weights = [part for weight in read.weights.values() for part in weight]
         ordered = [read.sums[node.name] for node in computed(graph) if node.name in read.sums]
         sums = [torch.stack(ordered)] if ordered else []
-        return [*map(_contiguous, [*results, *found.values(), *weights]), *sums]
+        handed = [*results, *found.values(), *weights, *read.latent.values()]
+        return [*map(_contiguous, handed), *sums]
 
     with mode, torch.no_grad():
         fakes = {
@@ -181,6 +185,7 @@ def emit(
     _check_pure(traced)
     rest, derived = hoist(traced) if options.keep_derived else (traced, None)
     forward, relevance = split(rest, len(outputs), options.keeping)
+    places = {node.name: i for i, node in enumerate(computed(graph))}
     return Program(
         graph_module=traced,
         attributes=tuple(attributes),
@@ -191,7 +196,8 @@ def emit(
         rest=rest,
         weighed=tuple(weighed),
         rows_told_apart=all(weighed.values()),
-        audited=tuple(i for i, node in enumerate(computed(graph)) if node.name in audited),
+        audited=tuple(i for name, i in places.items() if name in audited),
+        latent=tuple(places[name] for name in latent),
         forward=forward,
         relevance=relevance,
         derived=derived,

@@ -8,7 +8,7 @@ A slot is emptied after the step that reads it last.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Step:
     """The slots for its results."""
     audited: tuple[str, ...] = ()
     """The nodes of the rewritten graph whose sums are one result more."""
+    latent: tuple[str, ...] = ()
+    """The markers in it whose latent value's relevance are further results, before the sums."""
     emptied: tuple[int, ...] = ()
     """The slots that no later step reads."""
 
@@ -52,8 +54,10 @@ class Read:
     """By explained input."""
     sums: dict[str, Tensor]
     """By node of the rewritten graph, empty unless audited."""
-    weights: dict[str, Weight] = field(default_factory=dict)
+    weights: dict[str, Weight]
     """By parameter, empty unless asked for."""
+    latent: dict[str, Tensor]
+    """By marker in the rewritten graph: relevance of the latent values that it reaches."""
 
 
 @dataclass(frozen=True)
@@ -139,19 +143,19 @@ class Schedule:
         for slot, seed in zip(self.seeds, seeds, strict=True):
             _add(values, slot, seed)
         sums: dict[str, Tensor] = {}
+        latent: dict[str, Tensor] = {}
         for step in self.relevance:
             results = call(step, [values[slot] for slot in step.arguments], values)
             if step.audited:
                 sums.update(zip(step.audited, results[-1], strict=True))
+            latent.update(zip(step.latent, results[len(step.results) :], strict=False))
             for slot, result in zip(step.results, results, strict=False):
                 _add(values, slot, result)
             for slot in step.emptied:
                 values[slot] = None
-        return Read(
-            {name: values[slot] for name, slot in self.explained.items()},
-            sums,
-            {n: Weight(values[a], values[b]) for n, (a, b) in self.weighed.items()},
-        )
+        relevance = {name: values[slot] for name, slot in self.explained.items()}
+        weights = {n: Weight(values[a], values[b]) for n, (a, b) in self.weighed.items()}
+        return Read(relevance, sums, weights, latent)
 
 
 def _add(values: Values, slot: int, value: Tensor) -> None:
@@ -286,7 +290,8 @@ class _Place:
     @property
     def returns(self) -> bool:
         """Whether its relevance side returns anything."""
-        return bool(self.program.received or self.program.weighed or self.program.audited)
+        program = self.program
+        return bool(program.received or program.weighed or program.audited or program.latent)
 
     def forward(self) -> Step:
         handed = [self.slots.of("value", node) for node in self.region.outputs]
@@ -300,8 +305,12 @@ class _Place:
         own = dict(zip(self.program.attributes, region.attributes, strict=True))
         for name in self.program.weighed:
             received += [self.slots.of(kind, own[name]) for kind in ("weight", "magnitude")]
-        audited = tuple(region.nodes[i].name for i in self.program.audited)
-        return Step(graph_module, self._all(graph_module), tuple(received), audited)
+        audited, latent = (
+            tuple(region.nodes[i].name for i in places)
+            for places in (self.program.audited, self.program.latent)
+        )
+        arguments = self._all(graph_module)
+        return Step(graph_module, arguments, tuple(received), audited, latent)
 
     def derivation(self) -> Derivation:
         names = dict(zip(self.program.attributes, self.region.attributes, strict=True))

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
-from torch.utils import _pytree as pytree
 
 from attnlrp_fx import ops
 from attnlrp_fx.calculus.ledger import Ledger, read_ledger
@@ -32,6 +31,7 @@ from attnlrp_fx.runtime.explanation import Explanation
 from attnlrp_fx.runtime.explanations import Explanations
 from attnlrp_fx.runtime.generation import explain_generation
 from attnlrp_fx.runtime.labels import Labels
+from attnlrp_fx.runtime.latent import latent_outputs, read_latents
 from attnlrp_fx.runtime.mapping import Mapped, map_dataset
 from attnlrp_fx.runtime.seeding import Seeds, entering, kinds_of, seeds_of
 from attnlrp_fx.runtime.weight_relevance import Sums, Weighed, WeightRelevance, weight_relevance
@@ -148,6 +148,7 @@ class ExplainableGraphModule(nn.Module):
         self._programs = Programs(
             rewritten, captured, self._attributes, options.programs, self._report.compilations
         )
+        self._latent = latent_outputs(rewritten, bool(rewriting.context.sliced))
         self._siblings: list[ExplainableGraphModule] = []
         self._seeded: dict[Any, tuple[int, ...]] = {}
         self.eval()
@@ -648,7 +649,7 @@ class ExplainableGraphModule(nn.Module):
         classes, is_token = self._classes(flat, seeds)
         return Explanation(
             relevance={n: _padded(read.relevance[n], shown.inputs[n]) for n in names},
-            outputs=pytree.tree_unflatten(list(flat), self._convention.output_spec),
+            outputs=self._outputs(flat, forward.given).tree,
             target_value=chosen.value.detach(),
             target=str(target),
             inputs=shown.inputs,
@@ -660,6 +661,9 @@ class ExplainableGraphModule(nn.Module):
             labels=self._options.labels.of_index(chosen.index, classes, is_token),
             target_index=chosen.index,
             normalisation=self._options.normalisation,
+            latent=read_latents(
+                self._latent, flat, read.latent, len(chosen.value), forward.given.get(POSITIONS)
+            ),
         )
 
     def _given(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Tensor]:

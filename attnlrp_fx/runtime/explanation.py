@@ -17,7 +17,7 @@ import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from attnlrp_fx import heatmap
 from attnlrp_fx.errors import InputError, MissingExtraError
 from attnlrp_fx.heatmap.spelling import Spelling, spelling_of
+from attnlrp_fx.runtime.latent import Latents
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped, unused-ignore]
@@ -75,6 +76,8 @@ class Explanation:
     """(batch,) int64: the class or token that was explained in each row, where there is one."""
     normalisation: heatmap.Normalisation | None = None
     """What to undo to show an image as it was; None: it is stretched to be seen."""
+    latent: Latents = field(default_factory=Latents)
+    """By name, the latent values that were asked for, with activation and relevance."""
 
     def __post_init__(self) -> None:
         if self.target_value.dim() != 1:
@@ -172,6 +175,7 @@ class Explanation:
             ledger=self.ledger if batch == 1 else None,
             labels=self.labels and [self.labels[index]],
             target_index=None if self.target_index is None else cut(self.target_index),
+            latent=self.latent.row(index, max(own.values(), default=None)),
         )
 
     def _lengths(self, index: int) -> dict[str, int]:

@@ -37,7 +37,9 @@ aten = torch.ops.aten
 FOLDER = Path(inspect.getfile(passes)).resolve().parent
 PACKAGE = Path(inspect.getfile(attnlrp_fx)).parent
 NOT_PASSES = ("__init__", "base")
-CONTEXT = PassContext(positions=True, composite=COMPOSITES["attnlrp-vision"])
+CONTEXT = PassContext(
+    positions=True, latent=("inner",), composite=COMPOSITES["attnlrp-vision"]
+)
 
 
 def randomised(norm):
@@ -287,10 +289,12 @@ def test_pipeline_is_the_documented_tuple():
         "raise_routing",
         "raise_scans",
         "raise_activations",
+        "mark_latents",
         "slice_targets",
         "push_selections",
         "assign_rules",
         "mark_signs",
+        "return_latents",
     ]
     assert (*NORMALISE, *RAISE, *ASSIGN) == PIPELINE
 

@@ -1,0 +1,102 @@
+"""Mark the latent values whose activation and relevance are asked for.
+
+    y = silu(x)  →  y' = latent(silu(x))
+
+A marker hands on what it takes; the tape reads activation and relevance off it. Editable ones also
+take two inputs of the program that change the value and mask its relevance, see `ops.latent`. The
+site is in the marker's meta and not in its call, so that blocks that are alike stay alike.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnlrp_fx import ops
+from attnlrp_fx.graph.operators import Kind
+from attnlrp_fx.graph.sites import Found, Site
+from attnlrp_fx.passes.base import PassContext, PassResult, finish, inherit
+from attnlrp_fx.rules.latent_sites import find_sites
+from attnlrp_fx.torch_private import fake_mode_of
+
+SITE, CHOSEN = "site", "chosen"
+"""The keys of a marker's meta for its site, and for the node that says which experts are chosen."""
+
+
+def mark_latents(graph_module: fx.GraphModule, context: PassContext) -> PassResult:
+    """Insert a marker behind each latent value that is asked for.
+
+    Raises:
+        InputError: there is no such value, or relevance does not reach it.
+    """
+    result = PassResult("mark_latents")
+    graph = graph_module.graph
+    if not context.latent or any(node.target is ops.latent for node in graph.nodes):
+        return result
+    sites = find_sites(graph, context.latent)
+    for found in sorted(sites, key=lambda site: site.breadth, reverse=True):
+        _mark(graph_module, found, context.editable)
+        result.changes += 1
+    finish(graph_module)
+    return result
+
+
+def _mark(graph_module: fx.GraphModule, found: Found, editable: bool) -> None:
+    value = found.value
+    readers = list(value.users) if found.readers is None else found.readers
+    if found.readers is not None:  # wider sites of the same value may stand in between by now
+        value = next(leaf for leaf in readers[0].all_input_nodes if _unmarked(leaf) is value)
+    marked, edits = value, {}
+    if editable:
+        units, places = _edits(graph_module, found.site, value)
+        edits = {"unit": found.site.unit}
+        marked = _behind(value, ops.intervened, (value, units, places), edits)
+        marked.meta["absorbs"] = "intervention"
+        marker = _behind(marked, ops.latent, (marked, units, places), edits)
+        marker.meta |= {"absorbs": "condition", "rule": "Condition()"}
+    else:
+        marker = _behind(value, ops.latent, (value,), {})
+    marker.meta[SITE], marker.meta[CHOSEN] = found.site, found.chosen
+    for reader in readers:
+        reader.replace_input_with(value, marker)
+
+
+def _unmarked(node: fx.Node) -> fx.Node:
+    """The value that is marked."""
+    while node.target in (ops.latent, ops.intervened):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _behind(value: fx.Node, op: Any, args: tuple[fx.Node, ...], kwargs: dict[str, Any]) -> fx.Node:
+    """A call of an op behind a value, with its provenance."""
+    with value.graph.inserting_after(value):
+        node = value.graph.call_function(op, args, kwargs)
+    node.meta["kind"] = Kind.LINEAR
+    inherit(node, value, "mark_latents")
+    return node
+
+
+def _edits(graph_module: fx.GraphModule, site: Site, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The inputs that say how the units of a site are changed and masked, and where."""
+    graph = graph_module.graph
+    like = value.meta["val"]
+    wide = torch.promote_types(like.dtype, torch.float32)
+    places = [size for dim, size in enumerate(like.shape) if dim != site.unit]
+    made = []
+    for name, shape in (("units", (3, like.shape[site.unit])), ("places", (2, *places))):
+        last = graph.find_nodes(op="placeholder")[-1]
+        with graph.inserting_after(last):
+            node = graph.placeholder(f"{name}_of_{value.name}")
+        node.target = node.name
+        with fake_mode_of(graph_module):
+            fake = torch.empty(shape, dtype=wide, device=like.device)
+        node.meta = {"val": fake, "constructed_by": "mark_latents", "edits": (site, name)}
+        made.append(node)
+    units, places_node = made
+    return units, places_node
+
+
+def markers_of(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The markers of a graph by the names of their sites, in order."""
+    return {n.meta[SITE].name: n for n in graph.nodes if n.target is ops.latent}
