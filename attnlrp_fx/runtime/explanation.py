@@ -482,7 +482,7 @@ def _value_dict(grid: heatmap.Grid) -> dict[str, Any]:
     }
 
 
-def write_atomically(path: str | Path, text: str) -> None:
+def write_atomically(path: str | Path, data: str | bytes) -> None:
     """Write beside ``path`` and rename: readers see the old file or the new one, never a part.
 
     The temporary file is opened by name, not by `tempfile`, so that it gets the permissions that
@@ -491,8 +491,8 @@ def write_atomically(path: str | Path, text: str) -> None:
     goal = Path(path).resolve()
     draft = goal.with_name(f".{goal.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(draft, "x", encoding="utf-8", errors="replace", newline="\n") as file:
-            file.write(text)
+        with open(draft, "xb") as file:
+            file.write(data.encode("utf-8", "replace") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, goal)

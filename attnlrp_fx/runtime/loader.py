@@ -27,9 +27,11 @@ from attnlrp_fx.codegen.attributes import Attributes
 from attnlrp_fx.errors import AttnLRPError, InputError, TargetError
 from attnlrp_fx.runtime.batching import (
     PER_ROW,
+    WHOLE,
     Batch,
     Batcher,
     Layout,
+    Part,
     Targets,
     Window,
     Windows,
@@ -79,10 +81,14 @@ class Loaded:
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches in order; what is wrong with a sample is raised after all before it."""
-        for window in self.loader:
-            yield from window.batches
-            if window.error is not None:
-                raise window.error
+        for window in self.windows():
+            yield from window
+
+    def windows(self, done: int = 0) -> Iterator[Window]:
+        """The windows in order, without the first ones of them."""
+        windows: Any = self.loader.dataset
+        windows.part = windows.part._replace(done=done)
+        yield from self.loader
 
     def run(self, batch: Batch, call: Callable[..., Result]) -> Result:
         """Call with a batch's inputs, where the model is, and its target.
@@ -123,8 +129,12 @@ def load_batches(
     window: int = 16,
     workers: int = 0,
     pad: bool = True,
+    part: Part = WHOLE,
 ) -> Loaded:
-    """The batches of a data set; what each option means is with `map_dataset`.
+    """The batches of a data set; what the other options mean is with `map_dataset`.
+
+    Args:
+        part: which of the windows.
 
     Raises:
         InputError: an option does not fit, or this is no data set.
@@ -143,7 +153,7 @@ def load_batches(
         max_tokens=max_tokens,
         window=window,
     )
-    windows = windows_of(dataset, batcher)
+    windows = windows_of(dataset, batcher, part)
     total = len(dataset) if hasattr(dataset, "__len__") else None
     if total is not None:
         _check_targets(total, targets if targets is not None else target)

@@ -5,20 +5,19 @@ samples: signed, and by magnitude. Only the sums are kept, so memory does not gr
 """
 
 import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from attnlrp_fx.calculus.weights import Weight
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.runtime.batching import Batch, Layout
+from attnlrp_fx.runtime.explanation import write_atomically
 from attnlrp_fx.runtime.loader import Bar, Explains, load_batches
 from attnlrp_fx.targets import Target
 
@@ -82,18 +81,10 @@ class WeightRelevance(Mapping[str, Tensor]):
         Raises:
             OSError: the directory of `path` does not exist or cannot be written.
         """
-        goal = Path(path).resolve()
-        draft = goal.with_name(f".{goal.name}.{uuid.uuid4().hex}.tmp")
         about = {"schema": SCHEMA, "samples": json.dumps(self.samples)}
         tensors = {f"signed.{name}": value.contiguous() for name, value in self.signed.items()}
         tensors |= {f"absolute.{name}": v.contiguous() for name, v in self.absolute.items()}
-        try:
-            save_file(tensors, draft, about)
-            os.replace(draft, goal)
-        except SafetensorError as error:
-            raise OSError(f"cannot write '{goal}': {error}") from error
-        finally:
-            draft.unlink(missing_ok=True)
+        write_atomically(path, save(tensors, about))
 
     @classmethod
     def load(cls, path: str | Path) -> "WeightRelevance":

@@ -47,6 +47,8 @@ class Rows(NamedTuple):
     """(rows, positions) int64, if there are any."""
     real: Tensor | None
     """(rows, positions) bool: which are no padding; None: all are."""
+    places: Tensor | None = None
+    """(rows, positions) int64: where in the sequence they are; None: from its beginning on."""
 
 
 class Top(NamedTuple):
@@ -131,6 +133,8 @@ class Ranking:
         places = starts[:, None] + torch.arange(context)
         inside = places.clamp(max=length - 1)
         values = did.gather(1, inside).masked_fill(places >= length, torch.nan).float()
+        if rows.places is not None:
+            starts = rows.places[row].gather(1, starts[:, None])[:, 0]
         if rows.tokens is None or rows.tokens.shape[1] != length:
             return starts, values, torch.full_like(places, -1)
         tokens = rows.tokens[row].gather(1, inside)
@@ -163,9 +167,9 @@ class Ranking:
 
 def _best(scores: Tensor, numbers: Tensor, top: int) -> Tensor:
     """Which columns of each row are best, (rows, top); of equals, the lower number."""
-    by_number = numbers.argsort(1, stable=True)
-    by_score = scores.gather(1, by_number).argsort(1, descending=True, stable=True)
-    return by_number.gather(1, by_score)[:, :top]
+    by_number = numbers.sort(dim=1, stable=True).indices
+    by_score = scores.gather(1, by_number).sort(dim=1, descending=True, stable=True).indices
+    return by_number.gather(1, by_score[:, :top])
 
 
 @dataclass
@@ -220,9 +224,9 @@ class SiteStatistics:
 
     def update(self, tables: Mapping[str, Tensor], rows: Rows) -> None:
         """Take in a batch: what units did, (rows, positions, units) by kind."""
-        real = rows.real
-        size = tables["activation"].shape[:2]
-        self.count += size.numel() if real is None else real.sum().cpu()
+        size, device = tables["activation"].shape[:2], tables["activation"].device
+        self.count += size.numel() if rows.real is None else rows.real.sum()
+        real = None if rows.real is None or bool(rows.real.all()) else rows.real.to(device)
         for kind, table in tables.items():
             # Of padding the activation is whatever it is.
             seen = table if real is None else table.masked_fill(~real[..., None], 0)
@@ -242,7 +246,7 @@ class SiteStatistics:
             return
         table = table.cpu()
         if rows.real is not None:
-            table = table.masked_fill(~rows.real.cpu()[..., None], torch.nan)
+            table = table.masked_fill(~rows.real[..., None], torch.nan)
         ranking.update(scores, table, rows)
 
     def merge(self, other: "SiteStatistics") -> None:
@@ -373,14 +377,15 @@ def _placed(
     tables: Mapping[str, Tensor], latent: Units, rows: Rows
 ) -> tuple[Mapping[str, Tensor], Rows]:
     """Tables and samples of the same positions: of those that a latent value has."""
-    length = tables["activation"].shape[1]
+    length, many = tables["activation"].shape[1], len(rows.numbers)
     if latent.positions is not None:
-        places = latent.positions[: len(rows.numbers)]
-        has = rows.real is not None and rows.real.shape[1] > int(places.max())
-        real = rows.real.gather(1, places.to(rows.real.device)) if has else None  # type: ignore[union-attr]
-        known = rows.tokens is not None and rows.tokens.shape[1] > int(places.max())
-        tokens = rows.tokens.gather(1, places.cpu()) if known else None  # type: ignore[union-attr]
-        return tables, Rows(rows.numbers, tokens, real)
+        places = latent.positions[:many].cpu()
+
+        def at(value: Tensor | None) -> Tensor | None:
+            inside = value is not None and value.shape[1] > int(places.max())
+            return value.gather(1, places) if value is not None and inside else None
+
+        return tables, Rows(rows.numbers, at(rows.tokens), at(rows.real), places)
     if rows.real is not None and rows.real.shape[1] != length:
-        return tables, rows._replace(real=None)
+        rows = rows._replace(real=None)
     return tables, rows
