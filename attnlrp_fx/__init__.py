@@ -57,6 +57,9 @@ if TYPE_CHECKING:
     from attnlrp_fx.runtime.explanation import Explanation
     from attnlrp_fx.runtime.explanations import Explanations
     from attnlrp_fx.runtime.mapping import Mapped, Throughput
+    from attnlrp_fx.runtime.weight_relevance import WeightRelevance
+    from attnlrp_fx.statistics.collect import latent_statistics
+    from attnlrp_fx.statistics.report import LatentStatistics
     from attnlrp_fx.targets import Contrast, Logit, LogProb
 
 __version__ = "0.1.0"
@@ -85,6 +88,7 @@ __all__ = [
     "Identity",
     "InputError",
     "Join",
+    "LatentStatistics",
     "Ledger",
     "LogProb",
     "Logit",
@@ -104,6 +108,7 @@ __all__ = [
     "Throughput",
     "Uniform",
     "WSquare",
+    "WeightRelevance",
     "Winner",
     "ZBox",
     "ZPlus",
@@ -112,6 +117,7 @@ __all__ = [
     "explain",
     "explain_generation",
     "explain_image",
+    "latent_statistics",
     "perturbation_curves",
     "tune",
 ]
@@ -139,6 +145,9 @@ _HOMES = {
     "heatmap.display": ("Display",),
     "calculus.ledger": ("Ledger",),
     "runtime.mapping": ("Mapped", "Throughput"),
+    "runtime.weight_relevance": ("WeightRelevance",),
+    "statistics.collect": ("latent_statistics",),
+    "statistics.report": ("LatentStatistics",),
     "rules.rules": (
         "AlphaBeta",
         "Attention",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as tensors_of_bytes
 from safetensors.torch import save as tensors_as_bytes
 from torch import Tensor, nn
 
@@ -56,16 +57,27 @@ def load(path: Path) -> tuple[Statistics, dict[str, Any]]:
         InputError: the file is none of these.
     """
     try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            if about.get("schema") != SCHEMA:
-                raise InputError(
-                    f"'{path}' holds no statistics of latent units",
-                    why=f"its schema is {about.get('schema', 'missing')}, not {SCHEMA}",
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return _read(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"'{path}' cannot be read", why=str(error)) from error
+
+
+def from_bytes(data: bytes) -> Statistics:
+    """What `as_bytes` gave."""
+    length = int.from_bytes(data[:8], "little")
+    about = json.loads(data[8 : 8 + length])["__metadata__"]
+    return Statistics.of(tensors_of_bytes(data), json.loads(about["about"]))
+
+
+def _read(path: Path) -> tuple[Statistics, dict[str, Any]]:
+    with safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+        if about.get("schema") != SCHEMA:
+            raise InputError(
+                f"'{path}' holds no statistics of latent units",
+                why=f"its schema is {about.get('schema', 'missing')}, not {SCHEMA}",
+            )
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     found = json.loads(about["about"])
     return Statistics.of(tensors, found), found
 
@@ -95,7 +107,7 @@ def claim(directory: Path, run: Mapping[str, Any]) -> None:
         named = differing[0]
         raise InputError(
             f"directory '{directory}' belongs to another run",
-            why=f"its {named} is {was.get(named, 'unknown')}, not {wanted[named]}",
+            why=f"{named}: {was.get(named, 'unknown')}, not {wanted[named]}",
             remedy="name another directory, or go on as that run began",
         )
 

@@ -37,9 +37,7 @@ aten = torch.ops.aten
 FOLDER = Path(inspect.getfile(passes)).resolve().parent
 PACKAGE = Path(inspect.getfile(attnlrp_fx)).parent
 NOT_PASSES = ("__init__", "base")
-CONTEXT = PassContext(
-    positions=True, latent=("inner",), composite=COMPOSITES["attnlrp-vision"]
-)
+CONTEXT = PassContext(positions=True, latent=("inner",), composite=COMPOSITES["attnlrp-vision"])
 
 
 def randomised(norm):
