@@ -45,9 +45,9 @@ def save(path: Path, statistics: Statistics, **more: Any) -> None:
 
 def as_bytes(statistics: Statistics, **more: Any) -> bytes:
     """Statistics, and what else there is to know, in the form of safetensors."""
-    about = {"schema": SCHEMA, "about": json.dumps({**statistics.about(), **more})}
+    about = json.dumps({"schema": SCHEMA, **statistics.about(), **more})
     tensors = {name: value.contiguous() for name, value in statistics.tensors().items()}
-    return tensors_as_bytes(tensors, about)
+    return tensors_as_bytes(tensors, {"about": about})  # of two keys the order would vary
 
 
 def load(path: Path) -> tuple[Statistics, dict[str, Any]]:
@@ -71,15 +71,14 @@ def from_bytes(data: bytes) -> Statistics:
 
 def _read(path: Path) -> tuple[Statistics, dict[str, Any]]:
     with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
+        about = json.loads((file.metadata() or {}).get("about", "{}"))
         if about.get("schema") != SCHEMA:
             raise InputError(
                 f"'{path}' holds no statistics of latent units",
                 why=f"its schema is {about.get('schema', 'missing')}, not {SCHEMA}",
             )
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    found = json.loads(about["about"])
-    return Statistics.of(tensors, found), found
+    return Statistics.of(tensors, about), about
 
 
 def claim(directory: Path, run: Mapping[str, Any]) -> None:
