@@ -1,8 +1,8 @@
 """The windows of a convolution: which inputs each place of its output reads.
 
-A convolution is y[l] = Σ_k w[k] x[stride·l + dilation·k − padding], of one, two or three dimensions,
-in groups of channels; a transposed one swaps x and y. With the windows written out, the derivative
-in the weight is a matrix product, of each row by itself.
+A convolution is y[l] = Σ_k w[k] x[stride·l + dilation·k − padding], of one, two or three
+dimensions, in groups of channels; a transposed one swaps x and y. With the windows written out, the
+derivative in the weight is a matrix product, of each row by itself.
 """
 
 from collections.abc import Sequence

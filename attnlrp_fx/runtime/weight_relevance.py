@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from attnlrp_fx.calculus.weights import Weight
 from attnlrp_fx.errors import InputError
+from attnlrp_fx.files import write_atomically
 from attnlrp_fx.runtime.batching import Batch, Layout
-from attnlrp_fx.runtime.explanation import write_atomically
 from attnlrp_fx.runtime.loader import Bar, Explains, load_batches
 from attnlrp_fx.targets import Target
 

@@ -10,8 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 
 from attnlrp_fx import heatmap
 from attnlrp_fx.errors import InputError, MissingExtraError
+from attnlrp_fx.files import write_atomically
 from attnlrp_fx.heatmap.spelling import spelling_of
-from attnlrp_fx.runtime.explanation import write_atomically
 from attnlrp_fx.statistics import store
 from attnlrp_fx.statistics.tables import KINDS, SiteStatistics, Statistics, Top
 
@@ -55,6 +55,9 @@ class LatentStatistics(Mapping[str, SiteStatistics]):
         if name not in self._statistics.sites:
             raise InputError(f"there is no site '{name}'", remedy=f"choose from: {', '.join(self)}")
         return self._statistics.sites[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._statistics.sites
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._statistics.sites)

@@ -23,7 +23,7 @@ from safetensors.torch import save as tensors_as_bytes
 from torch import Tensor, nn
 
 from attnlrp_fx.errors import InputError, MissingExtraError
-from attnlrp_fx.runtime.explanation import write_atomically
+from attnlrp_fx.files import write_atomically
 from attnlrp_fx.statistics.tables import KINDS, NOBODY, Statistics
 
 if TYPE_CHECKING:
