@@ -37,6 +37,7 @@ def main(
     block: Annotated[int, typer.Option(help="Texts whose statistics are one row.")] = 1000,
 ) -> None:
     """Collect, merge, and show the most relevant neuron."""
+    ray.init(include_dashboard=False)
     lines = [line for line in texts.read_text().splitlines() if line.strip()]
     table = ray.data.from_items([{"number": i, "text": line} for i, line in enumerate(lines)])
     rows = table.repartition(max(workers, -(-len(lines) // block))).map_batches(
@@ -44,6 +45,7 @@ def main(
         fn_constructor_args=(make_explainer,),
         batch_size=block,
         concurrency=workers,
+        num_cpus=0.5,  # so that reading finds a core, too, on a machine with no more than workers
     )
     _, tokenizer = load("sentiment")
     found = merge_statistics((row["statistics"] for row in rows.iter_rows()), out, tokenizer)
