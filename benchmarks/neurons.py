@@ -100,12 +100,12 @@ def show(found: dict[str, Any]) -> None:
 
 def main(
     names: Annotated[list[str] | None, typer.Option("--models", help="llama, smollm2")] = None,
-    rows: Annotated[int, typer.Option(help="Rows of the data set.")] = 64,
+    rows: Annotated[int, typer.Option(help="Rows of the data set.")] = 256,
     batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 8,
     tokens: Annotated[int, typer.Option(help="Tokens of a row.")] = 128,
     roles: Annotated[list[str] | None, typer.Option(help="What is counted.")] = None,
     backend: Annotated[str, typer.Option(help="inductor or eager")] = "inductor",
-    rounds: Annotated[int, typer.Option(help="Timed turns of each contestant.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Timed turns of each contestant.")] = 2,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "neurons.json",
 ) -> None:
     """Measure, print tables, write JSON."""

@@ -226,7 +226,9 @@ class SiteStatistics:
         """Take in a batch: what units did, (rows, positions, units) by kind."""
         size, device = tables["activation"].shape[:2], tables["activation"].device
         self.count += size.numel() if rows.real is None else rows.real.sum()
-        real = None if rows.real is None or bool(rows.real.all()) else rows.real.to(device)
+        if rows.real is not None and bool(rows.real.all()):
+            rows = rows._replace(real=None)
+        real = None if rows.real is None else rows.real.to(device)
         for kind, table in tables.items():
             # Of padding the activation is whatever it is.
             seen = table if real is None else table.masked_fill(~real[..., None], 0)
@@ -234,10 +236,10 @@ class SiteStatistics:
             by_row = seen.sum(1).double().cpu()
             most = highest.amax(1).double().cpu()
             self.sums[kind] += by_row.sum(0)
-            self.absolutes[kind] += torch.linalg.vector_norm(seen, 1, 1).double().cpu().sum(0)
+            self.absolutes[kind] += seen.abs().sum(1).double().cpu().sum(0)
             self.maxima[kind] = torch.maximum(self.maxima[kind], most.amax(0))
             if kind == "activation":
-                self.active += seen.count_nonzero((0, 1)).cpu()
+                self.active += seen.sign().abs().sum(1).long().sum(0).cpu()
             self._rank(kind, most if kind == "activation" else by_row, table, rows)
 
     def _rank(self, kind: str, scores: Tensor, table: Tensor, rows: Rows) -> None:
