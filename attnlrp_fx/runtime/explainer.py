@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
-from torch.utils import _pytree as pytree
 
 from attnlrp_fx import ops
 from attnlrp_fx.calculus.ledger import Ledger, read_ledger
@@ -16,7 +15,7 @@ from attnlrp_fx.calculus.masking import Masked
 from attnlrp_fx.capture.capture import Captured, flat_inputs
 from attnlrp_fx.codegen.attributes import Attributes
 from attnlrp_fx.codegen.cost import Cost, schedule_cost
-from attnlrp_fx.codegen.programs import Compiled, ProgramOptions, Programs
+from attnlrp_fx.codegen.programs import Compiled, ProgramOptions, Programs, Served
 from attnlrp_fx.codegen.report import Report
 from attnlrp_fx.codegen.rewriting import Rewriting, rewrite
 from attnlrp_fx.codegen.schedule import Read, Values
@@ -72,6 +71,8 @@ class _Forward:
     given: dict[str, Tensor]
     flat: list[Any]
     """The flat outputs."""
+    seen: Outputs
+    """The outputs as targets see them."""
     values: Values
     """The slots, with what relevance needs."""
 
@@ -222,7 +223,7 @@ class ExplainableGraphModule(nn.Module):
             found, forward = self._explain(targets, given, given)
         asked = _at_the_only_position(targets) if self._sliced else targets
         for one in asked if check_finite else ():
-            seeds = self._seed(one, forward.flat, forward.given)[1]
+            seeds = self._seed(one, forward)[1]
             whole = {i: dense(seed, forward.flat[i]) for i, seed in seeds.items()}
             find_non_finite(self.rewritten, self._attributes.values(device), forward.given, whole)
         return Explanations(tuple(found)) if are_several else found[0]
@@ -238,7 +239,7 @@ class ExplainableGraphModule(nn.Module):
         shown = given if whole is None else dict(self._given((whole,), {}))
         with torch.inference_mode(False), torch.no_grad():
             found, forward = self._explain(targets, given, shown)
-        scores = default_scores(self._outputs(forward.flat, given))
+        scores = default_scores(forward.seen)
         return Explanations(tuple(found)), scores
 
     def explain_generation(
@@ -387,7 +388,7 @@ class ExplainableGraphModule(nn.Module):
 
     def prepare(self) -> "ExplainableGraphModule":
         """Compile the program of the default target now rather than at the first call."""
-        self._programs.compile(self._default_seeds(), self._attributes.device())
+        self._programs.example(self._default_seeds(), self._attributes.device())
         return self
 
     def with_composite(self, composite: str | Composite) -> "ExplainableGraphModule":
@@ -454,9 +455,9 @@ class ExplainableGraphModule(nn.Module):
         wanted = own if device is None else torch.device(device)
         same = wanted == own
         found = (
-            self._programs.compile(seeded, own).schedule
+            self._programs.example(seeded, own).schedule
             if same
-            else self._programs.planned(seeded, wanted)[0]
+            else self._programs.planned(Served(seeded, wanted))[0]
         )
         return schedule_cost(found, given)
 
@@ -475,7 +476,7 @@ class ExplainableGraphModule(nn.Module):
         seeded = self._seeded.get(kinds) or self._default_seeds()
         forward = self._run_forward(seeded, filled)
         if kinds not in self._seeded:
-            read = {i for target in asked for i in self._seed(target, forward.flat, filled)[1]}
+            read = {i for target in asked for i in self._seed(target, forward)[1]}
             self._seeded[kinds] = seeded if read <= set(seeded) else tuple(sorted(read))
             if self._seeded[kinds] != seeded:
                 forward = self._run_forward(self._seeded[kinds], filled)
@@ -528,19 +529,19 @@ class ExplainableGraphModule(nn.Module):
 
     def _run_forward(self, seeded: tuple[int, ...], given: dict[str, Tensor]) -> _Forward:
         device = self._attributes.device()
-        compiled = self._programs.compile(seeded, device)
         attributes = self._attributes.values(device)
+        compiled = self._programs.serving(seeded, device, given, attributes)
         self._attributes.check_dtypes(attributes)
         values = compiled.start(attributes, given)
         flat = compiled.schedule.run_forward(values, compiled.run)
-        return _Forward(compiled, attributes, given, flat, values)
+        return _Forward(compiled, attributes, given, flat, self._outputs(flat, given), values)
 
     def _explain_one(
         self, forward: _Forward, target: Target, shown: "_Shown", last: bool
     ) -> Explanation:
         """One target's explanation; the last one's leaves nothing for another."""
         made, flat = forward.compiled.schedule, forward.flat
-        chosen, seeds = self._seed(target, flat, forward.given)
+        chosen, seeds = self._seed(target, forward)
         if not seeds.keys() <= made.seeded.keys():
             raise _OtherOutputs
         values = forward.values if last else forward.values.copy()
@@ -550,7 +551,7 @@ class ExplainableGraphModule(nn.Module):
         classes, is_token = self._classes(flat, seeds)
         return Explanation(
             relevance={n: _padded(read.relevance[n], shown.inputs[n]) for n in names},
-            outputs=pytree.tree_unflatten(list(flat), self._convention.output_spec),
+            outputs=forward.seen.tree,
             target_value=chosen.value.detach(),
             target=str(target),
             inputs=shown.inputs,
@@ -580,11 +581,10 @@ class ExplainableGraphModule(nn.Module):
             inputs = {**dict(zip(names, args, strict=False)), **inputs}
         return flat_inputs(inputs)
 
-    def _seed(
-        self, target: Target, flat: Sequence[Any], given: Mapping[str, Tensor]
-    ) -> tuple[Chosen, Seeds]:
+    def _seed(self, target: Target, forward: _Forward) -> tuple[Chosen, Seeds]:
         """The target, and its gradient with respect to each output that it reads."""
-        return seeds_of(target, self.rewritten, self._convention, flat, given)
+        flat, given, seen = forward.flat, forward.given, forward.seen
+        return seeds_of(target, self.rewritten, self._convention, flat, given, seen)
 
     def _outputs(self, flat: Sequence[Any], given: Mapping[str, Tensor]) -> Outputs:
         """The flat outputs as a target sees them."""
@@ -597,7 +597,9 @@ class ExplainableGraphModule(nn.Module):
             example = self._convention.example
             with torch.no_grad():
                 flat = self.captured(*example.values())
-            self._seeded[kind] = tuple(sorted(self._seed(self._target, flat, example)[1]))
+            self._seeded[kind] = tuple(
+                sorted(seeds_of(self._target, self.rewritten, self._convention, flat, example)[1])
+            )
         return self._seeded[kind]
 
     def _classes(self, flat: Sequence[Any], seeded: Iterable[int]) -> tuple[int, bool]:

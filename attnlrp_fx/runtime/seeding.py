@@ -15,7 +15,7 @@ from attnlrp_fx.codegen.heads import head_of
 from attnlrp_fx.codegen.schedule import Schedule
 from attnlrp_fx.errors import TargetError
 from attnlrp_fx.graph.operators import outputs_of
-from attnlrp_fx.targets import Chosen, Convention, Seed, Target, dense, outputs_as_seen
+from attnlrp_fx.targets import Chosen, Convention, Outputs, Seed, Target, dense, outputs_as_seen
 
 Seeds = dict[int, "list[Seed] | Tensor"]
 """By flat output a target's gradient: a list of `Seed`, or a tensor of the output's shape."""
@@ -27,6 +27,7 @@ def seeds_of(
     convention: Convention,
     flat: Sequence[Any],
     given: Mapping[str, Tensor],
+    seen: Outputs | None = None,
 ) -> tuple[Chosen, Seeds]:
     """The target, and its gradient with respect to each output that it reads.
 
@@ -36,11 +37,12 @@ def seeds_of(
         convention: what is known of its outputs.
         flat: the flat outputs.
         given: the inputs.
+        seen: the outputs as targets see them, if that is known.
 
     Raises:
         TargetError: it reads none, or one that nothing explained leads to.
     """
-    chosen = target.choose(outputs_as_seen(convention, flat, given))
+    chosen = target.choose(seen or outputs_as_seen(convention, flat, given))
     names = convention.output_names
     seeds: Seeds = {}
     for seed in chosen.seeds:
