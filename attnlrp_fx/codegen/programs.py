@@ -23,6 +23,7 @@ from attnlrp_fx.codegen.heads import head_of
 from attnlrp_fx.codegen.memory import Memory, MemoryPlan, planned
 from attnlrp_fx.codegen.partition import Keeping
 from attnlrp_fx.codegen.regions import regions_of
+from attnlrp_fx.codegen.repeats import Reverse
 from attnlrp_fx.codegen.report import Compilation
 from attnlrp_fx.codegen.schedule import Derivation, Schedule, Step, Values, schedule
 from attnlrp_fx.codegen.unpadded import Unpadded, unpadded
@@ -57,6 +58,8 @@ class Compiled:
     runnables: Mapping[fx.GraphModule, Runnable]
     derived: tuple[tuple[Derived, Mapping[str, int]], ...]
     """What regions keep of values made of parameters alone, and the slots where they go."""
+    reverse: Reverse
+    """Runs the relevance side."""
 
     def start(self, attributes: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Values:
         """Slots that hold all that is given."""
@@ -221,7 +224,7 @@ class Programs:
                 memory=plan,
             )
         )
-        return Compiled(made, runnables, derived)
+        return Compiled(made, runnables, derived, Reverse(made, not self._options.audit))
 
     def _schedule(self, served: Served) -> Schedule:
         """Trace the programs for what is served."""

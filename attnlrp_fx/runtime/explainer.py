@@ -1,6 +1,6 @@
 """The explainable graph module: one compiled program, many explanations."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -481,9 +481,8 @@ class ExplainableGraphModule(nn.Module):
             if self._seeded[kinds] != seeded:
                 forward = self._run_forward(self._seeded[kinds], filled)
         shown = _Shown.of(whole, self._options.labels)
-        last = len(asked) - 1
         try:
-            found = [self._explain_one(forward, t, shown, i == last) for i, t in enumerate(asked)]
+            found = list(self._explanations(forward, asked, shown))
         except _OtherOutputs:  # a function of the outputs may read others each time
             del self._seeded[kinds], forward
             return self._explain(targets, given, whole)
@@ -536,19 +535,38 @@ class ExplainableGraphModule(nn.Module):
         flat = compiled.schedule.run_forward(values, compiled.run)
         return _Forward(compiled, attributes, given, flat, self._outputs(flat, given), values)
 
-    def _explain_one(
-        self, forward: _Forward, target: Target, shown: "_Shown", last: bool
+    def _explanations(
+        self, forward: _Forward, targets: Sequence[Target], shown: "_Shown"
+    ) -> Iterator[Explanation]:
+        """Each target's explanation; the last leaves nothing for another."""
+        made, reverse = forward.compiled.schedule, forward.compiled.reverse
+        step = reverse.at_a_time(forward.values, len(targets))
+        for first in range(0, len(targets), step):
+            some = targets[first : first + step]
+            chosen = [self._seed(target, forward) for target in some]
+            if any(not seeds.keys() <= made.seeded.keys() for _, seeds in chosen):
+                raise _OtherOutputs
+            arriving = [entering(made, s, forward.flat, forward.attributes) for _, s in chosen]
+            is_last = first + step >= len(targets)
+            values = forward.values if is_last else forward.values.copy()
+            reads = reverse.run(values, arriving, forward.compiled.run)
+            for target, (value, seeds), read in zip(some, chosen, reads, strict=True):
+                yield self._explanation(forward, target, value, seeds, read, shown)
+
+    def _explanation(
+        self,
+        forward: _Forward,
+        target: Target,
+        chosen: Chosen,
+        seeds: Seeds,
+        read: Read,
+        shown: "_Shown",
     ) -> Explanation:
-        """One target's explanation; the last one's leaves nothing for another."""
-        made, flat = forward.compiled.schedule, forward.flat
-        chosen, seeds = self._seed(target, forward)
-        if not seeds.keys() <= made.seeded.keys():
-            raise _OtherOutputs
-        values = forward.values if last else forward.values.copy()
-        arriving = entering(made, seeds, flat, forward.attributes)
-        read = made.run_relevance(values, arriving, forward.compiled.run)
+        """What was read for one target, with all that an explanation shows."""
+        options, flat = self._options, forward.flat
         names = [name for name in shown.inputs if name in read.relevance]
         classes, is_token = self._classes(flat, seeds)
+        audit = options.programs.audit
         return Explanation(
             relevance={n: _padded(read.relevance[n], shown.inputs[n]) for n in names},
             outputs=forward.seen.tree,
@@ -556,13 +574,11 @@ class ExplainableGraphModule(nn.Module):
             target=str(target),
             inputs=shown.inputs,
             tokens=shown.tokens(names),
-            mask=self._options.labels.masks(shown.inputs, names),
-            ledger=self._ledger(read, chosen, flat, seeds)
-            if self._options.programs.audit
-            else None,
-            labels=self._options.labels.of_index(chosen.index, classes, is_token),
+            mask=options.labels.masks(shown.inputs, names),
+            ledger=self._ledger(read, chosen, flat, seeds) if audit else None,
+            labels=options.labels.of_index(chosen.index, classes, is_token),
             target_index=chosen.index,
-            normalisation=self._options.normalisation,
+            normalisation=options.normalisation,
         )
 
     def _given(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
