@@ -15,6 +15,7 @@ from attnlrp_fx.codegen.programs import ProgramOptions, Stage
 from attnlrp_fx.codegen.rewriting import rewrite
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.heatmap import Normalisation
+from attnlrp_fx.neurons import Neuron
 from attnlrp_fx.passes import PIPELINE, Pass, PassContext
 from attnlrp_fx.rules.composites import Composite, composite_named
 from attnlrp_fx.runtime.explainer import ExplainableGraphModule, ExplainerOptions
@@ -145,7 +146,9 @@ def compile(
 
 
 def _sliced(captured: Captured, target: Target) -> tuple[int, ...]:
-    """The outputs of which a target reads one position of each row."""
+    """The outputs of which a target reads one position of each row; none if it is latent."""
+    if isinstance(target, Neuron):
+        return ()
     with torch.no_grad():
         flat = captured.graph_module(*captured.example.values())
     chosen = target.choose(outputs_as_seen(captured, flat, captured.example))

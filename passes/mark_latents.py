@@ -14,13 +14,17 @@ from torch import fx
 
 from attnlrp_fx import ops
 from attnlrp_fx.graph.operators import Kind
-from attnlrp_fx.graph.sites import Found, Site
+from attnlrp_fx.graph.sites import Found
 from attnlrp_fx.passes.base import PassContext, PassResult, finish, inherit
 from attnlrp_fx.rules.latent_sites import find_sites
 from attnlrp_fx.torch_private import fake_mode_of
 
 SITE, CHOSEN = "site", "chosen"
 """The keys of a marker's meta for its site, and for the node that says which experts are chosen."""
+EDITS = "edits"
+"""The key of an input's meta that tells which site it edits, and that it holds units or places."""
+PLACES = ("batch", "token", "row", "position", "query")
+"""Dimensions whose elements can be edited apart."""
 
 
 def mark_latents(graph_module: fx.GraphModule, context: PassContext) -> PassResult:
@@ -47,12 +51,12 @@ def _mark(graph_module: fx.GraphModule, found: Found, editable: bool) -> None:
     if found.readers is not None:  # wider sites of the same value may stand in between by now
         value = next(leaf for leaf in readers[0].all_input_nodes if _unmarked(leaf) is value)
     marked, edits = value, {}
-    if editable:
-        units, places = _edits(graph_module, found.site, value)
+    if editable and found.site.units is not None:
+        inputs = _edits(graph_module, found, value)
         edits = {"unit": found.site.unit}
-        marked = _behind(value, ops.intervened, (value, units, places), edits)
-        marked.meta["absorbs"] = "intervention"
-        marker = _behind(marked, ops.latent, (marked, units, places), edits)
+        marked = _behind(value, ops.intervened, (value, *inputs), edits)
+        marked.meta |= {"absorbs": "intervention", "rule": "Intervention()"}
+        marker = _behind(marked, ops.latent, (marked, *inputs), edits)
         marker.meta |= {"absorbs": "condition", "rule": "Condition()"}
     else:
         marker = _behind(value, ops.latent, (value,), {})
@@ -63,7 +67,7 @@ def _mark(graph_module: fx.GraphModule, found: Found, editable: bool) -> None:
 
 def _unmarked(node: fx.Node) -> fx.Node:
     """The value that is marked."""
-    while node.target in (ops.latent, ops.intervened):
+    while node.target in ops.LATENT:
         node = node.all_input_nodes[0]
     return node
 
@@ -77,24 +81,27 @@ def _behind(value: fx.Node, op: Any, args: tuple[fx.Node, ...], kwargs: dict[str
     return node
 
 
-def _edits(graph_module: fx.GraphModule, site: Site, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _edits(graph_module: fx.GraphModule, found: Found, value: fx.Node) -> list[fx.Node]:
     """The inputs that say how the units of a site are changed and masked, and where."""
-    graph = graph_module.graph
+    graph, site = graph_module.graph, found.site
     like = value.meta["val"]
     wide = torch.promote_types(like.dtype, torch.float32)
-    places = [size for dim, size in enumerate(like.shape) if dim != site.unit]
+    places: list[Any] = [
+        size if name in PLACES else 1
+        for dim, (name, size) in enumerate(zip(site.dims, like.shape, strict=True))
+        if dim != site.unit
+    ]
     made = []
-    for name, shape in (("units", (3, like.shape[site.unit])), ("places", (2, *places))):
-        last = graph.find_nodes(op="placeholder")[-1]
-        with graph.inserting_after(last):
-            node = graph.placeholder(f"{name}_of_{value.name}")
+    shapes: dict[str, list[Any]] = {"units": [3, site.units], "places": [2, *places]}
+    for part, shape in shapes.items():
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+            node = graph.placeholder(f"{part}_of_{value.name}")
         node.target = node.name
         with fake_mode_of(graph_module):
             fake = torch.empty(shape, dtype=wide, device=like.device)
-        node.meta = {"val": fake, "constructed_by": "mark_latents", "edits": (site, name)}
+        node.meta = {"val": fake, "constructed_by": "mark_latents", EDITS: (site, part)}
         made.append(node)
-    units, places_node = made
-    return units, places_node
+    return made if found.chosen is None else [*made, found.chosen]
 
 
 def markers_of(graph: fx.Graph) -> dict[str, fx.Node]:

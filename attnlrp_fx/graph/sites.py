@@ -29,8 +29,8 @@ class Site:
     """One of the roles that `latent=[...]` takes, or "module", "input" or "node"."""
     dims: tuple[str, ...]
     """The meaning of each dimension."""
-    units: int
-    """How many units it has: of chosen experts, all that there are."""
+    units: int | None
+    """How many units it has (of chosen experts, all that there are); None: it depends on sizes."""
 
     @property
     def unit(self) -> int:
