@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from attnlrp_fx.evaluate.faithfulness import Curves, Perturbation, perturbation_curves
     from attnlrp_fx.evaluate.tuning import tune
+    from attnlrp_fx.graph.sites import SAE
     from attnlrp_fx.heatmap.display import Display
     from attnlrp_fx.neurons import Neuron
     from attnlrp_fx.rules.composites import COMPOSITES, Composite, Match, epsilon_gamma_box
@@ -66,6 +67,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "COMPOSITES",
+    "SAE",
     "Ablate",
     "AlphaBeta",
     "Attention",
@@ -143,6 +145,7 @@ _HOMES = {
         "TargetError",
     ),
     "neurons": ("Neuron",),
+    "graph.sites": ("SAE",),
     "runtime.editing": ("Ablate", "Clamp", "Keep", "Scale"),
     "runtime.latent": ("Latent", "Latents"),
     "runtime.explainer": ("ExplainableGraphModule",),

@@ -14,6 +14,7 @@ from attnlrp_fx.codegen.memory import Memory, check_memory
 from attnlrp_fx.codegen.programs import ProgramOptions, Stage
 from attnlrp_fx.codegen.rewriting import rewrite
 from attnlrp_fx.errors import InputError
+from attnlrp_fx.graph.sites import SAE
 from attnlrp_fx.heatmap import Normalisation
 from attnlrp_fx.neurons import Neuron
 from attnlrp_fx.passes import PIPELINE, Pass, PassContext
@@ -37,7 +38,7 @@ def compile(
     positions: bool = False,
     target_slice: bool = False,
     audit: bool = False,
-    latent: Sequence[str] = (),
+    latent: Sequence[str | SAE] = (),
     editable: bool = False,
     derived_weights: str = "recompute",
     memory: Memory = "fast",
@@ -73,7 +74,8 @@ def compile(
         latent: latent values whose activation and relevance explanations carry, by role
             ("mlp.neurons", "attention.heads", "attention.weights", "residual", "router",
             "experts"), by what modules give ("model.layers.*.mlp.act_fn"; `*` is a part of a path,
-            `**` any number) or take ("input:model.layers.*.mlp"), or by node of the captured graph.
+            `**` any number) or take ("input:model.layers.*.mlp"), or by node of the captured
+            graph; a `SAE` makes the features of a sparse autoencoder latent values.
         editable: whether calls may change these values and mask their relevance.
         derived_weights: what becomes of values made of parameters alone, as |W| under a γ rule:
             "recompute" at every explanation, or "keep", which is faster and takes the memory that

@@ -89,6 +89,16 @@ def _along(row: Tensor, value: Tensor, dim: int, chosen: Tensor | None) -> Tenso
     return row.reshape([row.shape[0] if d == dim else 1 for d in range(value.dim())])
 
 
+def reconstruction_error(value: Tensor, reconstruction: Tensor) -> Tensor:
+    """What an autoencoder misses of a value, held constant."""
+    return value - reconstruction
+
+
+def rejoined(reconstruction: Tensor, error: Tensor) -> Tensor:
+    """A value put together again of what an autoencoder makes of it and of what it misses."""
+    return reconstruction + error
+
+
 def statistic(value: Tensor) -> Tensor:
     """Mark the factor of a normalisation that is computed from the value it normalises."""
     return value
@@ -230,7 +240,7 @@ MARKERS: tuple[Op, ...] = (statistic, coefficient, routing)
 """What passes mark for the composite to decide whether it is held constant."""
 
 
-LATENT: tuple[Op, ...] = (latent, intervened)
+LATENT: tuple[Op, ...] = (latent, intervened, rejoined)
 """What stands behind a latent value that is asked for; it is explained if the value is."""
 
 

@@ -10,6 +10,7 @@ from attnlrp_fx.passes.assign_rules import assign_rules
 from attnlrp_fx.passes.base import Pass, PassContext, PassResult
 from attnlrp_fx.passes.drop_assertions import drop_assertions
 from attnlrp_fx.passes.drop_identities import drop_identities
+from attnlrp_fx.passes.insert_autoencoders import insert_autoencoders
 from attnlrp_fx.passes.lower_attention import lower_attention
 from attnlrp_fx.passes.lower_bags import lower_bags
 from attnlrp_fx.passes.lower_copies import lower_copies
@@ -44,6 +45,7 @@ NORMALISE: tuple[Pass, ...] = (
 RAISE: tuple[Pass, ...] = (
     mark_sources,
     mark_positions,
+    insert_autoencoders,
     raise_attention,
     raise_norms,
     raise_routing,
@@ -109,6 +111,7 @@ __all__ = [
     "assign_rules",
     "drop_assertions",
     "drop_identities",
+    "insert_autoencoders",
     "lower_attention",
     "lower_bags",
     "lower_copies",

@@ -35,31 +35,34 @@ def mark_latents(graph_module: fx.GraphModule, context: PassContext) -> PassResu
     """
     result = PassResult("mark_latents")
     graph = graph_module.graph
-    if not context.latent or any(node.target is ops.latent for node in graph.nodes):
+    wanted = [one for one in context.latent if isinstance(one, str)]
+    done = any(node.meta.get("constructed_by") == result.name for node in graph.nodes)
+    if not wanted or done:
         return result
-    sites = find_sites(graph, context.latent)
+    sites = find_sites(graph, wanted)
     for found in sorted(sites, key=lambda site: site.breadth, reverse=True):
-        _mark(graph_module, found, context.editable)
+        mark_site(graph_module, found, context.editable, result.name)
         result.changes += 1
     finish(graph_module)
     return result
 
 
-def _mark(graph_module: fx.GraphModule, found: Found, editable: bool) -> None:
+def mark_site(graph_module: fx.GraphModule, found: Found, editable: bool, name: str) -> None:
+    """Insert a marker behind one value, made by the pass of a name."""
     value = found.value
     readers = list(value.users) if found.readers is None else found.readers
     if found.readers is not None:  # wider sites of the same value may stand in between by now
         value = next(leaf for leaf in readers[0].all_input_nodes if _unmarked(leaf) is value)
     marked, edits = value, {}
     if editable and found.site.units is not None:
-        inputs = _edits(graph_module, found, value)
+        inputs = _edits(graph_module, found, value, name)
         edits = {"unit": found.site.unit}
-        marked = _behind(value, ops.intervened, (value, *inputs), edits)
+        marked = _behind(value, ops.intervened, (value, *inputs), edits, name)
         marked.meta |= {"absorbs": "intervention", "rule": "Intervention()"}
-        marker = _behind(marked, ops.latent, (marked, *inputs), edits)
+        marker = _behind(marked, ops.latent, (marked, *inputs), edits, name)
         marker.meta |= {"absorbs": "condition", "rule": "Condition()"}
     else:
-        marker = _behind(value, ops.latent, (value,), {})
+        marker = _behind(value, ops.latent, (value,), {}, name)
     marker.meta[SITE], marker.meta[CHOSEN] = found.site, found.chosen
     for reader in readers:
         reader.replace_input_with(value, marker)
@@ -72,16 +75,20 @@ def _unmarked(node: fx.Node) -> fx.Node:
     return node
 
 
-def _behind(value: fx.Node, op: Any, args: tuple[fx.Node, ...], kwargs: dict[str, Any]) -> fx.Node:
+def _behind(
+    value: fx.Node, op: Any, args: tuple[fx.Node, ...], kwargs: dict[str, Any], name: str
+) -> fx.Node:
     """A call of an op behind a value, with its provenance."""
     with value.graph.inserting_after(value):
         node = value.graph.call_function(op, args, kwargs)
     node.meta["kind"] = Kind.LINEAR
-    inherit(node, value, "mark_latents")
+    inherit(node, value, name)
     return node
 
 
-def _edits(graph_module: fx.GraphModule, found: Found, value: fx.Node) -> list[fx.Node]:
+def _edits(
+    graph_module: fx.GraphModule, found: Found, value: fx.Node, made_by: str
+) -> list[fx.Node]:
     """The inputs that say how the units of a site are changed and masked, and where."""
     graph, site = graph_module.graph, found.site
     like = value.meta["val"]
@@ -99,11 +106,22 @@ def _edits(graph_module: fx.GraphModule, found: Found, value: fx.Node) -> list[f
         node.target = node.name
         with fake_mode_of(graph_module):
             fake = torch.empty(shape, dtype=wide, device=like.device)
-        node.meta = {"val": fake, "constructed_by": "mark_latents", EDITS: (site, part)}
+        node.meta = {"val": fake, "constructed_by": made_by, EDITS: (site, part)}
         made.append(node)
     return made if found.chosen is None else [*made, found.chosen]
 
 
 def markers_of(graph: fx.Graph) -> dict[str, fx.Node]:
     """The markers of a graph by the names of their sites, in order."""
-    return {n.meta[SITE].name: n for n in graph.nodes if n.target is ops.latent}
+    return {
+        node.meta[SITE].name: node
+        for node in graph.nodes
+        if node.target in (ops.latent, ops.rejoined) and SITE in node.meta
+    }
+
+
+def value_of(marker: fx.Node) -> fx.Node:
+    """What a marker shows: the value that it hands on, or an autoencoder's error."""
+    error: Any = marker.args[1] if marker.target is ops.rejoined else marker
+    assert isinstance(error, fx.Node)
+    return error

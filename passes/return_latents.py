@@ -14,7 +14,7 @@ from attnlrp_fx.errors import InputError
 from attnlrp_fx.graph.operators import outputs_of
 from attnlrp_fx.graph.provenance import describe
 from attnlrp_fx.passes.base import PassContext, PassResult, finish
-from attnlrp_fx.passes.mark_latents import CHOSEN, SITE, markers_of
+from attnlrp_fx.passes.mark_latents import CHOSEN, SITE, markers_of, value_of
 
 RETURNED = "returned"
 """The key of a marker's meta: the places of its value, and of chosen experts, in the outputs."""
@@ -36,11 +36,11 @@ def return_latents(graph_module: fx.GraphModule, context: PassContext) -> PassRe
         if marker not in reaching:
             raise _unreached(marker, context)
     chosen = [marker.meta[CHOSEN] for marker in markers if marker.meta[CHOSEN] is not None]
-    further = [*markers, *dict.fromkeys(chosen)]
+    further = [*map(value_of, markers), *dict.fromkeys(chosen)]
     places = {node: len(outputs) + i for i, node in enumerate(further)}
     graph.output_node().args = ((*outputs, *further),)
     for marker in markers:
-        marker.meta[RETURNED] = places[marker], places.get(marker.meta[CHOSEN])
+        marker.meta[RETURNED] = places[value_of(marker)], places.get(marker.meta[CHOSEN])
     result.changes = len(markers)
     finish(graph_module)
     return result

@@ -227,6 +227,8 @@ class Tape(Runner):
                     self._read(node, received, reading, audit)
                 elif node.target is ops.intervened:
                     self._take_back(node, received, reading, audit)
+                elif node.target is ops.rejoined:
+                    self._leave_error(node, received, reading, audit)
                 elif node.target is operator.getitem:
                     received.hand_to_owner(node)
                 else:
@@ -312,6 +314,17 @@ class Tape(Runner):
         received.hand_on(node, coefficient, None)
         if audit:
             reading.sums[node.name] = _line((changed, c, r), (value, coefficient, None))
+
+    def _leave_error(
+        self, node: fx.Node, received: "Received", reading: Reading, audit: bool
+    ) -> None:
+        """Read the relevance of an autoencoder's error off, and hand on the rest."""
+        (decoded, error), (c, r) = self.fetch_args_kwargs_from_env(node)[0], received.pop(node)
+        whole = c if r is None else factored(self.env[node], c, r)[0]
+        reading.latent[node.name] = _wide_relevance(error, whole, None)
+        received.hand_on(node, whole, None)
+        if audit:
+            reading.sums[node.name] = _line((self.env[node], c, r), (decoded, whole, None))
 
     def _carry(
         self, node: fx.Node, relevance: dict[fx.Node, Tensor], reading: Reading, audit: bool

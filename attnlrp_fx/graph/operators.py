@@ -207,7 +207,7 @@ _KINDS: dict[Any, Kind] = {
 }
 _PARTLY_LINEAR = {getattr(aten, name): linear for name, linear in PARTLY_LINEAR.items()}
 _SUMS = _packets(SUMS)
-_SHAPE_ONLY = _packets(SHAPE_ONLY)
+_SHAPE_ONLY = _packets(SHAPE_ONLY) | {ops.reconstruction_error}
 SHAPE_LENT = {"expand_as": 1, "view_as": 1, "reshape_as": 1, "type_as": 1, "copy": 0}
 """Ops that read shape or dtype alone off one argument, and which."""
 _ELEMENTWISE = _packets(ACTIVATIONS + ELEMENTWISE_LINEAR + ELEMENTWISE_SELECTIONS)

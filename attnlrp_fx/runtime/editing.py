@@ -101,6 +101,7 @@ class Editing:
         self,
         sizes: Mapping[str, int],
         device: torch.device,
+        batch: int,
         conditions: Conditions | None = None,
         interventions: Interventions | None = None,
     ) -> dict[str, Tensor]:
@@ -109,6 +110,7 @@ class Editing:
         Args:
             sizes: of the call's inputs, by symbol.
             device: where the program runs.
+            batch: how many rows there are.
             conditions: by site.
             interventions: by site.
 
@@ -126,7 +128,10 @@ class Editing:
                 value[1] = 0
                 _write_units(value, site, kept.get(site.name), changed.get(site.name))
             else:
-                _write_places(value, site, kept.get(site.name), changed.get(site.name))
+                if changed.get(site.name) is not None:
+                    value[0] = _places(changed[site.name].positions, value[0], site, batch)
+                if kept.get(site.name) is not None:
+                    value[1] = _places(_as_keep(kept[site.name]).positions, value[1], site, batch)
             found[name] = value.to(device)
         return found
 
@@ -152,14 +157,6 @@ def _write_units(value: Tensor, site: Site, kept: Any, changed: Intervention | N
         value[2, _units(_as_keep(kept).units, site)] = 1
 
 
-def _write_places(value: Tensor, site: Site, kept: Any, changed: Intervention | None) -> None:
-    """Fill (2, ...): where values are changed, and where relevance is kept."""
-    if changed is not None:
-        value[0] = _places(changed.positions, value[0], site)
-    if kept is not None:
-        value[1] = _places(_as_keep(kept).positions, value[1], site)
-
-
 def _as_keep(kept: Any) -> Keep:
     return kept if isinstance(kept, Keep) else Keep(kept)
 
@@ -177,26 +174,24 @@ def _units(units: Units, site: Site) -> list[int]:
     return [unit % site.units for unit in numbers]
 
 
-def _places(positions: Positions, like: Tensor, site: Site) -> Tensor:
+def _places(positions: Positions, like: Tensor, site: Site, batch: int) -> Tensor:
     """1 where something is meant, 0 elsewhere, in the shape of places."""
     if positions is None:
         return torch.ones_like(like)
-    places = [size for size in like.shape if size > 1]
-    length = like.shape[1] if like.dim() > 1 else 1
+    if site.dims[0] not in ("batch", "token"):
+        raise InputError(f"'{site.name}' has no positions", why=f"its dimensions are {site.dims}")
+    rows = torch.zeros(batch, like.numel() // batch, dtype=like.dtype)
+    length = rows.shape[1]
     if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-        if positions.numel() != like.numel():
+        if positions.numel() not in (length, rows.numel()):
             raise InputError(
                 f"positions at '{site.name}' have shape {tuple(positions.shape)}",
-                why=f"the value has {tuple(places)} places",
+                why=f"the value has {length} positions in each of {batch} rows",
                 remedy="pass (batch, positions)",
             )
-        return positions.reshape(like.shape).to(like)
-    if like.dim() < 2 or (site.dims[0] != "batch" and site.dims[0] != "token"):
-        raise InputError(f"'{site.name}' has no positions", why=f"its dimensions are {site.dims}")
-    numbers = [positions] if isinstance(positions, int) else list(map(int, positions))
-    found = torch.zeros_like(like)
-    for position in numbers:
+        return (rows + positions.reshape(-1, length).to(rows)).reshape(like.shape)
+    for position in [positions] if isinstance(positions, int) else list(map(int, positions)):
         if not -length <= position < length:
             raise InputError(f"'{site.name}' has no position {position}", why=f"it has {length}")
-        found[:, position] = 1
-    return found
+        rows[:, position] = 1
+    return rows.reshape(like.shape)

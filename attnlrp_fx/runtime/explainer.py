@@ -464,8 +464,7 @@ class ExplainableGraphModule(nn.Module):
         given = dict(zip(self._checks.examples, values, strict=True))
         if self._sliced:
             given[POSITIONS] = values[0].new_empty(len(values[0]), dtype=torch.int64)
-        edits = self._editing.given(self._sizes(given), torch.device("meta"))
-        given |= edits
+        given |= {name: edit.to("meta") for name, edit in self._edits(given).items()}
         seeded, own = self._default_seeds(), self._attributes.device()
         wanted = own if device is None else torch.device(device)
         same = wanted == own
@@ -513,7 +512,8 @@ class ExplainableGraphModule(nn.Module):
     ) -> dict[str, Tensor]:
         """The inputs that edit latent values, for inputs of some sizes."""
         sizes, device = self._sizes(given), self._attributes.device()
-        return self._editing.given(sizes, device, conditions, interventions)
+        batch = len(next(iter(given.values())))
+        return self._editing.given(sizes, device, batch, conditions, interventions)
 
     def _sizes(self, given: Mapping[str, Tensor]) -> dict[str, int]:
         """The size of each symbol."""
