@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from attnlrp_fx.runtime.explainer import ExplainableGraphModule
     from attnlrp_fx.runtime.explanation import Explanation
     from attnlrp_fx.runtime.explanations import Explanations
+    from attnlrp_fx.runtime.flow import Flow
     from attnlrp_fx.runtime.latent import Latent, Latents
     from attnlrp_fx.runtime.mapping import Mapped, Throughput
     from attnlrp_fx.targets import Contrast, Logit, LogProb
@@ -87,6 +88,7 @@ __all__ = [
     "Explanation",
     "Explanations",
     "Flat",
+    "Flow",
     "Gamma",
     "Gradient",
     "Identity",
@@ -145,6 +147,7 @@ _HOMES = {
         "TargetError",
     ),
     "neurons": ("Neuron",),
+    "runtime.flow": ("Flow",),
     "graph.sites": ("SAE",),
     "runtime.editing": ("Ablate", "Clamp", "Keep", "Scale"),
     "runtime.latent": ("Latent", "Latents"),
