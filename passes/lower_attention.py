@@ -34,6 +34,7 @@ def lower_attention(graph_module: fx.GraphModule, context: PassContext) -> PassR
             with graph.inserting_before(node):
                 new = _written_out(node, explained)
             replace(node, new, result.name)
+            graph.erase_node(node)  # an op that may drop at random is never dead to torch.fx
             result.changes += 1
     if result.changes:
         finish(graph_module)

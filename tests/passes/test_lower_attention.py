@@ -3,12 +3,25 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from rewriting import Written, captured, copy_of, run
+from rewriting import captured, copy_of, run
+from torch import nn
 
 from attnlrp_fx.passes import PassContext, lower_attention, mark_sources, run_passes
 
 BOOL = torch.tensor([[1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
 FLOAT = torch.where(BOOL, torch.tensor([0.0, 1.0, -2.0, 0.5]), -torch.inf)
+
+
+class Fused(nn.Module):
+    """The fused op, with a mask or none."""
+
+    def __init__(self, attn_mask=None, **options):
+        super().__init__()
+        self.register_buffer("mask", attn_mask)
+        self.options = options
+
+    def forward(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, **self.options)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +40,7 @@ def test_the_values_are_those_of_the_fused_op(options):
     torch.manual_seed(0)
     heads = 2 if "enable_gqa" in options else 4
     q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, heads, 4, 8), torch.randn(2, heads, 4, 8)
-    model = Written(lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, **options)).eval()
+    model = Fused(**options).eval()
     given = {"q": q, "k": k, "v": v}
     graph = captured(model, given)
     now = copy_of(graph)
@@ -39,7 +52,7 @@ def test_the_values_are_those_of_the_fused_op(options):
 
 
 def test_attention_stays_whole_where_its_weights_are_not_asked_for():
-    model = Written(lambda m, q: F.scaled_dot_product_attention(q, q, q)).eval()
-    graph = captured(model, {"q": torch.randn(1, 2, 3, 4)})
+    given = {name: torch.randn(2, 4, 3, 8) for name in "qkv"}
+    graph = captured(Fused().eval(), given)
     results = run_passes(graph, PassContext(latent=("residual",)), (mark_sources, lower_attention))
     assert results[-1].changes == 0

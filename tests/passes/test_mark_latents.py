@@ -10,7 +10,8 @@ from attnlrp_fx.passes.mark_latents import SITE
 
 
 def marked(model, *latent, editable=False):
-    graph = captured(model, {"x": torch.randn(2, 3, 4)})
+    name = "input" if isinstance(model, nn.Sequential) else "x"
+    graph = captured(model, {name: torch.randn(2, 3, 4)})
     context = PassContext(latent=latent, editable=editable)
     run_passes(graph, context, (mark_sources, mark_latents, assign_rules))
     return graph

@@ -12,7 +12,7 @@ from attnlrp_fx.rules.rules import Constant
 
 def rewritten(composite):
     model = nn.Sequential(nn.Linear(4, 5), nn.SiLU(), nn.Linear(5, 2)).eval()
-    given = {"x": torch.randn(2, 4)}
+    given = {"input": torch.randn(2, 4)}
     graph = captured(model, given)
     run_passes(graph, PassContext(latent=("1", "2"), composite=composite), PIPELINE)
     return model, graph, given
@@ -21,8 +21,8 @@ def rewritten(composite):
 def test_values_stand_behind_the_outputs():
     model, graph, given = rewritten(COMPOSITES["attnlrp"])
     output, activation, last = run(graph, given)
-    torch.testing.assert_close(activation, model[:2](given["x"]))
-    torch.testing.assert_close(last, model(given["x"]))
+    torch.testing.assert_close(activation, model[:2](given["input"]))
+    torch.testing.assert_close(last, model(given["input"]))
     assert torch.equal(output, last)
 
 
