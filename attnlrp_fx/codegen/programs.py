@@ -28,7 +28,9 @@ from attnlrp_fx.codegen.report import Compilation
 from attnlrp_fx.codegen.schedule import Derivation, Schedule, Step, Values, schedule
 from attnlrp_fx.codegen.unpadded import Unpadded, unpadded
 from attnlrp_fx.graph.operators import outputs_of, placeholders_of
-from attnlrp_fx.passes.slice_targets import POSITIONS
+from attnlrp_fx.passes.mark_latents import markers_of
+from attnlrp_fx.passes.return_latents import RETURNED
+from attnlrp_fx.torch_private import typical_size
 
 Stage = Callable[[str], None]
 
@@ -213,7 +215,7 @@ class Programs:
         self._compilations.append(
             Compilation(
                 device=str(served.device),
-                seeded=tuple(self._convention.output_names[i] for i in served.seeded),
+                seeded=tuple(map(self._name, served.seeded)),
                 unpadded=served.unpadded,
                 nodes=sum(len(program.graph_module.graph.nodes) for program in made.distinct),
                 regions=len(made.programs),
@@ -224,7 +226,14 @@ class Programs:
                 memory=plan,
             )
         )
-        return Compiled(made, runnables, derived, Reverse(made, not self._options.audit))
+        return Compiled(made, runnables, derived, Reverse(made))
+
+    def _name(self, output: int) -> str:
+        """The name of a flat output, or of the latent value that it is."""
+        names = dict(enumerate(self._convention.output_names))
+        for name, marker in markers_of(self._rewritten.graph).items():
+            names[marker.meta[RETURNED][0]] = name
+        return names[output]
 
     def _schedule(self, served: Served) -> Schedule:
         """Trace the programs for what is served."""
@@ -236,11 +245,12 @@ class Programs:
         return schedule(graph, regions, entries, attributes, self._emit_options(served.device))
 
     def _example(self) -> dict[str, Tensor]:
-        """The example as it was given, with positions if the program takes some."""
-        given = dict(self._convention.given)
-        if POSITIONS in self._placeholders():
-            first = next(iter(given.values()))
-            given[POSITIONS] = first.new_zeros(len(first), dtype=torch.int64)
+        """The example as it was given, with what else the program takes."""
+        given, sizes = dict(self._convention.given), self.keeping().sizes
+        for name, node in self._placeholders().items():
+            like = node.meta["val"]
+            shape = [int(typical_size(size, 1, sizes)) for size in like.shape]
+            given.setdefault(name, torch.zeros(shape, dtype=like.dtype))
         return given
 
     def _entry(self, output: fx.Node) -> fx.Node:

@@ -113,14 +113,17 @@ def _batch(schedule: Schedule) -> torch.SymInt | None:
 class Reverse:
     """Runs the relevance side of a schedule, for as many seeds at a time as it can.
 
+    What a run returns of the batch as one, the ledger's sums and latent values, is each seed's own:
+    such seeds run one after another.
+
     Args:
         schedule: the schedule.
-        together: whether seeds may share a run at all.
     """
 
-    def __init__(self, schedule: Schedule, together: bool = True) -> None:
+    def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
-        self._repeats = repeats_of(schedule) if together else None
+        returns_more = any(step.audited or step.latent for step in schedule.relevance)
+        self._repeats = None if returns_more else repeats_of(schedule)
         self._is_checked = False
 
     def at_a_time(self, values: Values, seeds: int) -> int:
@@ -142,7 +145,7 @@ class Reverse:
         joined = [torch.cat(parts) for parts in zip(*seeds, strict=True)]
         read = self._schedule.run_relevance(repeated, joined, call)
         parts = {n: r.chunk(len(seeds)) for n, r in read.relevance.items()}
-        found = [Read({n: r[i] for n, r in parts.items()}, {}) for i in range(len(seeds))]
+        found = [Read({n: r[i] for n, r in parts.items()}, {}, {}) for i in range(len(seeds))]
         if not self._is_checked:
             alone = self._alone(values.copy(), seeds[-1], call)
             self._is_checked = _agree(alone, found[-1])

@@ -22,15 +22,18 @@ from attnlrp_fx.codegen.schedule import Read, Values
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.graph.operators import outputs_of
 from attnlrp_fx.heatmap import Normalisation
+from attnlrp_fx.neurons import Neuron
 from attnlrp_fx.passes import PassContext
 from attnlrp_fx.passes.slice_targets import POSITIONS
 from attnlrp_fx.rules.composites import Composite, composite_named
 from attnlrp_fx.runtime.batching import Targets
 from attnlrp_fx.runtime.checks import InputChecks, find_non_finite
+from attnlrp_fx.runtime.editing import Conditions, Editing, Interventions
 from attnlrp_fx.runtime.explanation import Explanation
 from attnlrp_fx.runtime.explanations import Explanations
 from attnlrp_fx.runtime.generation import explain_generation
 from attnlrp_fx.runtime.labels import Labels
+from attnlrp_fx.runtime.latent import latent_outputs, read_latents
 from attnlrp_fx.runtime.mapping import Mapped, map_dataset
 from attnlrp_fx.runtime.seeding import Seeds, entering, kinds_of, seeds_of
 from attnlrp_fx.targets import (
@@ -144,10 +147,14 @@ class ExplainableGraphModule(nn.Module):
         self._options = options
         self._target = options.target or as_target(None)
         self._attributes = Attributes(model, rewritten)
-        self._checks = InputChecks(rewritten, captured.constants, (POSITIONS,))
+        self._editing = Editing(rewritten)
+        own = (POSITIONS, *self._editing.names)
+        self._checks = InputChecks(rewritten, captured.constants, own)
         self._programs = Programs(
             rewritten, captured, self._attributes, options.programs, self._report.compilations
         )
+        self._latent = latent_outputs(rewritten, bool(rewriting.context.sliced))
+        self._places = {one.site.name: (one.index, one.site) for one in self._latent}
         self._siblings: list[ExplainableGraphModule] = []
         self._seeded: dict[Any, tuple[int, ...]] = {}
         self.eval()
@@ -185,6 +192,8 @@ class ExplainableGraphModule(nn.Module):
         *args: Any,
         target: TargetsLike = None,
         check_finite: bool = False,
+        conditions: Conditions | None = None,
+        interventions: Interventions | None = None,
         **inputs: Any,
     ) -> Explanation | Explanations:
         """Explain a batch.
@@ -197,6 +206,9 @@ class ExplainableGraphModule(nn.Module):
                 list, or by an index or position (batch, M), share one forward pass.
             check_finite: look for NaN and infinity in inputs, outputs and relevance, and name the
                 first node where one arises.
+            conditions: by name of an editable latent value, the units whose relevance alone it
+                hands on, or a `Keep`.
+            interventions: by name of an editable latent value, `Ablate`, `Scale` or `Clamp`.
             **inputs: the model's inputs by name, with the dtypes it was compiled with; batch and
                 sequence of any size.
 
@@ -218,7 +230,9 @@ class ExplainableGraphModule(nn.Module):
         targets, are_several = targets_of(target, self._target)
         given = self._given(args, inputs)
         if not self._slices(targets):
-            return self._whole()(given, target=target, check_finite=check_finite)  # type: ignore[no-any-return]
+            edits = {"conditions": conditions, "interventions": interventions}
+            return self._whole()(given, target=target, check_finite=check_finite, **edits)  # type: ignore[no-any-return]
+        given |= self._edits(given, conditions, interventions)
         with torch.inference_mode(False), torch.no_grad():
             found, forward = self._explain(targets, given, given)
         asked = _at_the_only_position(targets) if self._sliced else targets
@@ -237,6 +251,7 @@ class ExplainableGraphModule(nn.Module):
         """Explain a batch, or a prefix of it, for several targets; see `Explains`."""
         given = self._given((inputs,), {})
         shown = given if whole is None else dict(self._given((whole,), {}))
+        given = given | self._edits(given)
         with torch.inference_mode(False), torch.no_grad():
             found, forward = self._explain(targets, given, shown)
         scores = default_scores(forward.seen)
@@ -382,7 +397,8 @@ class ExplainableGraphModule(nn.Module):
         moved = device if device != self._programs.captured_device else None
         with torch.no_grad():
             attributes = self._attributes.values(device)
-            flat = Masked(self.rewritten, keep or {}, attributes, moved).run(*given.values())
+            run = Masked(self.rewritten, keep or {}, attributes, moved).run
+            flat = run(*given.values(), *self._edits(given).values())
             wanted = self._target if target is None else as_target(target)
             return wanted.choose(self._outputs(flat, given)).value
 
@@ -451,6 +467,7 @@ class ExplainableGraphModule(nn.Module):
         given = dict(zip(self._checks.examples, values, strict=True))
         if self._sliced:
             given[POSITIONS] = values[0].new_empty(len(values[0]), dtype=torch.int64)
+        given |= {name: edit.to("meta") for name, edit in self._edits(given).items()}
         seeded, own = self._default_seeds(), self._attributes.device()
         wanted = own if device is None else torch.device(device)
         same = wanted == own
@@ -480,6 +497,7 @@ class ExplainableGraphModule(nn.Module):
             self._seeded[kinds] = seeded if read <= set(seeded) else tuple(sorted(read))
             if self._seeded[kinds] != seeded:
                 forward = self._run_forward(self._seeded[kinds], filled)
+        whole = {name: whole[name] for name in self._checks.examples}
         shown = _Shown.of(whole, self._options.labels)
         try:
             found = list(self._explanations(forward, asked, shown))
@@ -487,6 +505,25 @@ class ExplainableGraphModule(nn.Module):
             del self._seeded[kinds], forward
             return self._explain(targets, given, whole)
         return found, forward
+
+    def _edits(
+        self,
+        given: Mapping[str, Tensor],
+        conditions: Conditions | None = None,
+        interventions: Interventions | None = None,
+    ) -> dict[str, Tensor]:
+        """The inputs that edit latent values, for inputs of some sizes."""
+        sizes, device = self._sizes(given), self._attributes.device()
+        batch = len(next(iter(given.values())))
+        return self._editing.given(sizes, device, batch, conditions, interventions)
+
+    def _sizes(self, given: Mapping[str, Tensor]) -> dict[str, int]:
+        """The size of each symbol."""
+        return {
+            str(expected): size
+            for name, example in self._checks.examples.items()
+            for expected, size in zip(example.shape, given[name].shape, strict=True)
+        }
 
     @property
     def _sliced(self) -> tuple[int, ...]:
@@ -512,11 +549,7 @@ class ExplainableGraphModule(nn.Module):
 
     def _positions(self, target: Target, given: Mapping[str, Tensor]) -> Tensor:
         """Each row's position, found before anything is computed."""
-        sizes = {
-            str(expected): size
-            for name, example in self._checks.examples.items()
-            for expected, size in zip(example.shape, given[name].shape, strict=True)
-        }
+        sizes = self._sizes(given)
         wanted = outputs_of(self.captured.graph)[self._sliced[0]].meta["val"].shape
         shape = [int(typical_size(size, 1, sizes)) for size in wanted]
         names = self._convention.output_names
@@ -579,6 +612,9 @@ class ExplainableGraphModule(nn.Module):
             labels=options.labels.of_index(chosen.index, classes, is_token),
             target_index=chosen.index,
             normalisation=options.normalisation,
+            latent=read_latents(
+                self._latent, flat, read.latent, len(chosen.value), forward.given.get(POSITIONS)
+            ),
         )
 
     def _given(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -600,11 +636,12 @@ class ExplainableGraphModule(nn.Module):
     def _seed(self, target: Target, forward: _Forward) -> tuple[Chosen, Seeds]:
         """The target, and its gradient with respect to each output that it reads."""
         flat, given, seen = forward.flat, forward.given, forward.seen
-        return seeds_of(target, self.rewritten, self._convention, flat, given, seen)
+        convention, places = self._convention, self._places
+        return seeds_of(target, self.rewritten, convention, flat, given, places, seen)
 
     def _outputs(self, flat: Sequence[Any], given: Mapping[str, Tensor]) -> Outputs:
         """The flat outputs as a target sees them."""
-        return outputs_as_seen(self._convention, flat, given)
+        return outputs_as_seen(self._convention, flat, given, self._places)
 
     def _default_seeds(self) -> tuple[int, ...]:
         """The outputs that the default target reads, found on the example's outputs."""
@@ -612,11 +649,18 @@ class ExplainableGraphModule(nn.Module):
         if kind not in self._seeded:
             example = self._convention.example
             with torch.no_grad():
-                flat = self.captured(*example.values())
-            self._seeded[kind] = tuple(
-                sorted(seeds_of(self._target, self.rewritten, self._convention, flat, example)[1])
+                flat = self._example_outputs(example)
+            found = seeds_of(
+                self._target, self.rewritten, self._convention, flat, example, self._places
             )
+            self._seeded[kind] = tuple(sorted(found[1]))
         return self._seeded[kind]
+
+    def _example_outputs(self, example: Mapping[str, Tensor]) -> list[Any]:
+        """The flat outputs for the example; with latent values, where the target is one."""
+        if not isinstance(self._target, Neuron):
+            return list(self.captured(*example.values()))
+        return list(self.rewritten(*example.values(), *self._edits(example).values()))
 
     def _classes(self, flat: Sequence[Any], seeded: Iterable[int]) -> tuple[int, bool]:
         """How many classes the explained output has, and whether they are tokens."""
