@@ -1,8 +1,8 @@
 """Relevance flow: what each layer holds of the relevance, at every position.
 
 A line a latent value, from the model's first to its last, a column a token: the relevance of the
-value there, summed over its units. Of the residual stream, a line is a complete cut of an encoder or
-a decoder alone: it adds up to the target's value, but for what is absorbed behind it.
+value there, summed over its units. Of the residual stream, a line is a complete cut of an encoder
+or a decoder alone: it adds up to the target's value, but for what is absorbed behind it.
 """
 
 from __future__ import annotations
