@@ -62,6 +62,9 @@ if TYPE_CHECKING:
     from attnlrp_fx.runtime.flow import Flow
     from attnlrp_fx.runtime.latent import Latent, Latents
     from attnlrp_fx.runtime.mapping import Mapped, Throughput
+    from attnlrp_fx.runtime.weight_relevance import WeightRelevance
+    from attnlrp_fx.statistics.collect import latent_statistics
+    from attnlrp_fx.statistics.report import LatentStatistics
     from attnlrp_fx.targets import Contrast, Logit, LogProb
 
 __version__ = "0.1.0"
@@ -96,6 +99,7 @@ __all__ = [
     "Join",
     "Keep",
     "Latent",
+    "LatentStatistics",
     "Latents",
     "Ledger",
     "LogProb",
@@ -118,6 +122,7 @@ __all__ = [
     "Throughput",
     "Uniform",
     "WSquare",
+    "WeightRelevance",
     "Winner",
     "ZBox",
     "ZPlus",
@@ -126,6 +131,7 @@ __all__ = [
     "explain",
     "explain_generation",
     "explain_image",
+    "latent_statistics",
     "perturbation_curves",
     "tune",
 ]
@@ -158,6 +164,9 @@ _HOMES = {
     "heatmap.display": ("Display",),
     "calculus.ledger": ("Ledger",),
     "runtime.mapping": ("Mapped", "Throughput"),
+    "runtime.weight_relevance": ("WeightRelevance",),
+    "statistics.collect": ("latent_statistics",),
+    "statistics.report": ("LatentStatistics",),
     "rules.rules": (
         "AlphaBeta",
         "Attention",

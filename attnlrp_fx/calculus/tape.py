@@ -25,6 +25,7 @@ from attnlrp_fx.calculus.calls import Call, Explicit, Pullback, Shares, parts_of
 from attnlrp_fx.calculus.ledger import node_sums, shared_sums
 from attnlrp_fx.calculus.pullbacks import PULLBACKS
 from attnlrp_fx.calculus.relevance import factored, relevance_of
+from attnlrp_fx.calculus.weights import Weighing, Weight, weigh
 from attnlrp_fx.graph.operators import is_elementwise_op, is_op, leaves, product_of, rearranges
 from attnlrp_fx.graph.tokens import FILLS, MOVES, carry
 
@@ -63,6 +64,10 @@ class Reading:
     """Per placeholder at a boundary: the coefficient that it received."""
     factorless: dict[str, Tensor] = field(default_factory=dict)
     """Per placeholder at a boundary: the relevance without a factor that it received."""
+    weights: dict[str, Weight] = field(default_factory=dict)
+    """Per parameter that is asked for and stands in a layer that relevance passed through."""
+    rows_told_apart: bool = True
+    """Whether parameters' relevance is known of each row of the batch."""
     latent: dict[str, Tensor] = field(default_factory=dict)
     """Per name of a marker: the relevance of the latent value, float32 or better."""
 
@@ -129,6 +134,7 @@ class Tape(Runner):
         device: as in `Runner`.
         annotate: context in which a node's ops run, told the node and "forward" or "relevance".
         watch: told each explained node's value and then its coefficient.
+        weighing: which parameters' relevance is read as well.
     """
 
     def __init__(
@@ -138,8 +144,10 @@ class Tape(Runner):
         device: torch.device | None = None,
         annotate: Annotate = _no_annotation,
         watch: Watch = _no_watch,
+        weighing: Weighing | None = None,
     ) -> None:
         super().__init__(rewritten, attributes, device, garbage_collect_values=False)
+        self.weighing = weighing
         self.annotate = annotate
         self.watch = watch
         self.pullbacks: dict[fx.Node, Pullback | Explicit] = {}
@@ -232,14 +240,14 @@ class Tape(Runner):
                 elif node.target is operator.getitem:
                     received.hand_to_owner(node)
                 else:
-                    self._pull(node, received, reading if audit else None)
+                    self._pull(node, received, reading, audit)
         return reading
 
     def _nodes(self) -> Iterable[fx.Node]:
         assert isinstance(self.module, fx.GraphModule)
         return self.module.graph.nodes
 
-    def _pull(self, node: fx.Node, received: "Received", audited: Reading | None) -> None:
+    def _pull(self, node: fx.Node, received: "Received", reading: Reading, audit: bool) -> None:
         """Take what one node received to its explained inputs, each in its input's dtype.
 
         Ops that promote (bfloat16 times float32) give outputs, and so coefficients, of another.
@@ -257,8 +265,27 @@ class Tape(Runner):
         for leaf, share in zip(inputs, relevance, strict=True):
             if share is not None:
                 _add(received.relevance, leaf, share)
-        if audited is not None:
-            audited.sums[node.name] = sums()
+        if audit:
+            reading.sums[node.name] = sums()
+        if self.weighing is not None:
+            self._weigh(node, (c, r), shares, reading, self.weighing)
+
+    def _weigh(
+        self,
+        node: fx.Node,
+        received: tuple[Any, Any],
+        shares: Shares,
+        reading: Reading,
+        weighing: Weighing,
+    ) -> None:
+        """Read off the relevance of a layer's parameters; one that stands twice gets both."""
+        output = self.env[node]
+        found, told = weigh(node, self.calls[node], output, received, shares, self.env, weighing)
+        reading.rows_told_apart &= told
+        for name, weight in found.items():
+            held = reading.weights.get(name)
+            both = weight if held is None else map(operator.add, held, weight)
+            reading.weights[name] = Weight(*both)
 
     def _shares(self, node: fx.Node, c: Any, r: Any) -> tuple[Shares, Callable[[], Tensor]]:
         """What a node hands on of its coefficient c and relevance r, and its line in the ledger."""

@@ -49,6 +49,13 @@ class Attributes:
             found[name] = constant
         return found
 
+    def parameters(self) -> frozenset[str]:
+        """The names of those that are parameters."""
+        found = (
+            n for n, owner in self._owners.items() if isinstance(getattr(*owner), nn.Parameter)
+        )
+        return frozenset(found)
+
     def check_dtypes(self, values: Mapping[str, Tensor]) -> None:
         """Raise InputError if a parameter's dtype has changed since the model was captured."""
         for name, dtype in self._dtypes.items():

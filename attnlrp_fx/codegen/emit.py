@@ -17,9 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    statically_known_true,
+)
 
 from attnlrp_fx.calculus.tape import Channel, Received, Tape
+from attnlrp_fx.calculus.weights import Weighing
 from attnlrp_fx.capture.functionalise import relax_views
 from attnlrp_fx.codegen.partition import SEED, Keeping, hoist, split
 from attnlrp_fx.codegen.regions import computed
@@ -43,7 +47,7 @@ class Program:
     """A traced graph, whole and split.
 
     The whole takes (attributes, inputs, seeds) and returns (outputs, what inputs receive, relevance
-    of latent values, sums).
+    of parameters, of latent values, sums).
     """
 
     graph_module: fx.GraphModule
@@ -56,6 +60,10 @@ class Program:
     """How many outputs the graph has."""
     received: tuple[Port, ...]
     """What inputs have received when it ends; of the model's inputs, their relevance."""
+    weighed: tuple[str, ...]
+    """The parameters whose relevance it returns, two results each; empty unless asked for."""
+    rows_told_apart: bool
+    """Whether their magnitudes are summed over rows."""
     audited: tuple[int, ...]
     """The nodes whose sums it returns, by their places in the graph; empty unless audited."""
     latent: tuple[int, ...]
@@ -91,6 +99,10 @@ class EmitOptions:
     """Whether the program also returns the ledger's sums."""
     keeping: Keeping = field(default_factory=Keeping)
     """What the forward side keeps for the relevance side."""
+    weighed: frozenset[str] = frozenset()
+    """The parameters whose relevance the program also returns."""
+    rows: int | torch.SymInt | None = None
+    """How many rows a batch has."""
     keep_derived: bool = False
     """Whether what depends on parameters alone is taken out of both sides."""
 
@@ -119,6 +131,7 @@ def emit(
     mode = fake_mode_of(graph_module)
     received: list[Port] = []
     audited: list[str] = []
+    weighed: dict[str, bool] = {}
     latent: list[str] = []
     traced_last: list[tuple[fx.Node, str]] = []
 
@@ -128,7 +141,8 @@ def emit(
 
     def program(attributes: dict[str, Tensor], inputs: list[Any], given: list[Tensor]) -> list[Any]:
         moved = options.device if options.device != options.captured_device else None
-        tape = Tape(graph_module, attributes, moved, annotate)
+        weighing = Weighing(options.weighed, _rows(inputs, options)) if options.weighed else None
+        tape = Tape(graph_module, attributes, moved, annotate, weighing=weighing)
         results = tape.run(*inputs)
         arrived = Received()
         for seed, value in zip(seeds, given, strict=True):
@@ -141,9 +155,11 @@ def emit(
         }
         received[:] = found
         audited[:], latent[:] = read.sums, read.latent
+        weighed.update(dict.fromkeys(read.weights, read.rows_told_apart))
+        weights = [part for weight in read.weights.values() for part in weight]
         ordered = [read.sums[node.name] for node in computed(graph) if node.name in read.sums]
         sums = [torch.stack(ordered)] if ordered else []
-        handed = [*results, *found.values(), *read.latent.values()]
+        handed = [*results, *found.values(), *weights, *read.latent.values()]
         return [*map(_contiguous, handed), *sums]
 
     with mode, torch.no_grad():
@@ -178,6 +194,8 @@ def emit(
         outputs=len(outputs),
         received=tuple(received),
         rest=rest,
+        weighed=tuple(weighed),
+        rows_told_apart=all(weighed.values()),
         audited=tuple(i for name, i in places.items() if name in audited),
         latent=tuple(places[name] for name in latent),
         forward=forward,
@@ -205,6 +223,14 @@ def _on(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> A
     if not isinstance(value, Tensor):
         return value
     return torch.empty(value.shape, dtype=dtype or value.dtype, device=device)
+
+
+def _rows(inputs: Sequence[Any], options: EmitOptions) -> int | torch.SymInt | None:
+    """How many rows the batch has, read off an input; None if none has it."""
+    if isinstance(options.rows, int):
+        return options.rows
+    sizes = (value.shape[0] for value in inputs if isinstance(value, Tensor) and value.dim())
+    return next((size for size in sizes if statically_known_true(size == options.rows)), None)
 
 
 def _contiguous(value: Any) -> Any:

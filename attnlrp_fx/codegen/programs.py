@@ -50,6 +50,8 @@ class ProgramOptions:
     """Whether repeated blocks are compiled once; otherwise everything is one program."""
     on_stage: Stage | None = None
     """Told what is being done, for progress displays."""
+    weights: bool = False
+    """Whether programs return the relevance of parameters."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,11 @@ class Programs:
         assert self._unpadded is not None
         return self._unpadded.rewritten
 
+    def _rows(self) -> Any:
+        """How many rows a batch has: the first dimension of the first input."""
+        first = next(iter(self._placeholders().values())).meta["val"]
+        return first.shape[0] if first.dim() else None
+
     def _compile(self, served: Served) -> Compiled:
         stage = self._options.on_stage or (lambda text: None)
         stage("tracing the program")
@@ -254,8 +261,9 @@ class Programs:
         return given
 
     def _entry(self, output: fx.Node) -> fx.Node:
-        """Where a seed enters: the ledger wants to see the head's part, too."""
-        head = None if self._options.audit else head_of(output)
+        """Where a seed enters: the ledger and the weights want the head's part, too."""
+        whole = self._options.audit or self._options.weights
+        head = None if whole else head_of(output)
         return output if head is None else head.projected
 
     def _emit_options(self, device: torch.device) -> EmitOptions:
@@ -264,6 +272,8 @@ class Programs:
             captured_device=self.captured_device,
             audit=self._options.audit,
             keeping=self.keeping(),
+            weighed=self._attributes.parameters() if self._options.weights else frozenset(),
+            rows=self._rows() if self._options.weights else None,
             keep_derived=self._options.derived_weights == "keep",
         )
 

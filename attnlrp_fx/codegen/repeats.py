@@ -113,8 +113,8 @@ def _batch(schedule: Schedule) -> torch.SymInt | None:
 class Reverse:
     """Runs the relevance side of a schedule, for as many seeds at a time as it can.
 
-    What a run returns of the batch as one, the ledger's sums and latent values, is each seed's own:
-    such seeds run one after another.
+    The ledger's sums and the relevance of latent values and parameters are each seed's own, and not
+    told apart by rows: such seeds run one after another.
 
     Args:
         schedule: the schedule.
@@ -123,7 +123,8 @@ class Reverse:
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
         returns_more = any(step.audited or step.latent for step in schedule.relevance)
-        self._repeats = None if returns_more else repeats_of(schedule)
+        alone = returns_more or schedule.weighed
+        self._repeats = None if alone else repeats_of(schedule)
         self._is_checked = False
 
     def at_a_time(self, values: Values, seeds: int) -> int:
@@ -145,7 +146,7 @@ class Reverse:
         joined = [torch.cat(parts) for parts in zip(*seeds, strict=True)]
         read = self._schedule.run_relevance(repeated, joined, call)
         parts = {n: r.chunk(len(seeds)) for n, r in read.relevance.items()}
-        found = [Read({n: r[i] for n, r in parts.items()}, {}, {}) for i in range(len(seeds))]
+        found = [Read({n: r[i] for n, r in parts.items()}) for i in range(len(seeds))]
         if not self._is_checked:
             alone = self._alone(values.copy(), seeds[-1], call)
             self._is_checked = _agree(alone, found[-1])

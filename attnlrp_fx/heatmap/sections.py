@@ -74,6 +74,8 @@ class Section:
     grids: tuple[Grid, ...] = ()
     row: int | None = None
     """Which row, if there are several."""
+    measure: str = "relevance"
+    """What the numbers are: relevance, or the activation of a neuron."""
 
     @property
     def heading(self) -> str:
@@ -175,7 +177,7 @@ def share_of_value(total: float, value: float | None, name: str = "the value") -
 def facts(section: Section) -> list[tuple[str, str]]:
     """What stands beside the title, a name and its number each."""
     value = [] if section.value is None else [("value", number(section.value))]
-    return [*value, ("sum of relevance", share_of_value(section.total, section.value))]
+    return [*value, (f"sum of {section.measure}", share_of_value(section.total, section.value))]
 
 
 def notes(section: Section) -> list[str]:

@@ -1,6 +1,7 @@
 """From what a user asks for to the values of a graph: by role, by module, by node.
 
 "residual"                      a role
+"units"                         every neuron, head and expert: those of these roles that there are
 "model.layers.*.mlp.act_fn"     what modules give; `*` is a part of a path, `**` any number
 "input:model.layers.*.mlp"      what modules take, as they read it
 "add_12"                        a node of the captured graph
@@ -20,6 +21,9 @@ from attnlrp_fx.rules.latent_roles import LatentRole, LatentRoles, Playing, dims
 
 INPUT = "input:"
 """How a pattern of what modules take begins."""
+UNITS = "units"
+"""The name of several roles together."""
+UNIT_ROLES = (LatentRole.NEURONS, LatentRole.HEADS, LatentRole.EXPERTS)
 EARLIER = "stands_for"
 """The key of a node's meta that holds the name of the captured node whose place it took."""
 
@@ -49,8 +53,9 @@ class _Finder:
         self.names: dict[str, fx.Node] = {}
 
     def find(self, pattern: str) -> list[Found]:
-        if pattern in set(LatentRole):
-            found = list(self._of_role(LatentRole(pattern)))
+        if pattern == UNITS or pattern in set(LatentRole):
+            wanted_roles = UNIT_ROLES if pattern == UNITS else (LatentRole(pattern),)
+            found = [site for role in wanted_roles for site in self._of_role(role)]
             if not found:
                 raise InputError(
                     f"nothing in this model plays the role '{pattern}'",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from attnlrp_fx.runtime.labels import Labels
 from attnlrp_fx.runtime.latent import latent_outputs, read_latents
 from attnlrp_fx.runtime.mapping import Mapped, map_dataset
 from attnlrp_fx.runtime.seeding import Seeds, entering, kinds_of, seeds_of
+from attnlrp_fx.runtime.weight_relevance import Sums, Weighed, WeightRelevance, weight_relevance
 from attnlrp_fx.targets import (
     Chosen,
     Outputs,
@@ -358,6 +359,97 @@ class ExplainableGraphModule(nn.Module):
             progress=progress,
         )
 
+    def weight_relevance(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int | None = None,
+        max_tokens: int | None = None,
+        target: TargetLike = None,
+        targets: Targets | None = None,
+        window: int = 16,
+        workers: int = 0,
+        pad: bool = True,
+        progress: bool = True,
+    ) -> WeightRelevance:
+        """Relevance R_W = W ⊙ ∂ of every layer's parameters, summed over a data set.
+
+        ∂ is Σ a x over all places where a weight is used, of a layer's input x and what arrives at
+        its output: the coefficient, with the ε-rule. Σ R_W of a layer is the relevance of its input
+        (Hatefi et al. 2025, arXiv 2506.13727). The first call compiles a program of its own; other
+        explanations run as before.
+
+        Args:
+            dataset: as in `map`.
+            batch_size: the most rows of a batch; None: 32, or fewer where a layer is so large that
+                its weights, once for each row, take more than 256 MiB.
+            max_tokens, target, targets, window, workers, pad, progress: as in `map`.
+
+        Returns:
+            A mapping from the model's names to Σ R_W over samples, in the parameter's shape; with
+            `absolute`, Σ |R_W|, and `save`, which writes safetensors.
+
+        Raises:
+            InputError: an option or a sample does not fit, or there is nothing to sum.
+            TargetError: a sample's outputs do not have the target.
+
+        Example:
+            >>> import torch, attnlrp_fx
+            >>> mlp = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()).eval()
+            >>> explainer = attnlrp_fx.compile(mlp, torch.ones(2, 3), backend="eager")
+            >>> relevance = explainer.weight_relevance(list(torch.randn(100, 3)))
+            >>> relevance["0.weight"].shape, relevance.samples
+            (torch.Size([4, 3]), 100)
+        """
+        return weight_relevance(
+            self,
+            dataset,
+            batch_size=batch_size,
+            progress=progress,
+            max_tokens=max_tokens,
+            target=target,
+            targets=targets,
+            window=window,
+            workers=workers,
+            pad=pad,
+        )
+
+    def weigh(
+        self, inputs: Mapping[str, Any], target: Target | None, rows: int, sums: Sums
+    ) -> Weighed:
+        """Add the relevance of parameters in a batch's first rows to sums; see `Weighs`."""
+        if not self._options.programs.weights:
+            return self._weighing.weigh(inputs, target, rows, sums)
+        given = self._given((inputs,), {})
+        given |= self._edits(given)
+        wanted = self._target if target is None else target
+        with torch.inference_mode(False), torch.no_grad():
+            forward = self._forward_for([wanted], kinds_of([wanted]), given)
+            made, values = forward.compiled.schedule, forward.values
+            _, seeds = self._seed(wanted, forward)
+            arriving = entering(made, seeds, forward.flat, forward.attributes)
+            for seed in arriving:
+                seed[rows:] = 0
+            for name, slots in made.weighed.items():
+                for slot, held in zip(slots, sums.get(name, ()), strict=False):
+                    values[slot] = held
+            read = made.run_relevance(values, arriving, forward.compiled.run)
+        told = all(program.rows_told_apart for program in made.programs)
+        return Weighed({**sums, **read.weights}, told)
+
+    @cached_property
+    def _weighing(self) -> "ExplainableGraphModule":
+        """The same with programs that return the relevance of parameters."""
+        whole = self._whole()
+        programs = replace(self._options.programs, weights=True, audit=False)
+        options = replace(self._options, programs=programs)
+        seconds = self._report.capture_seconds
+        made = ExplainableGraphModule(
+            self.model, self._convention, whole._rewriting, options, seconds
+        )
+        made._programs.captured_device = self._programs.captured_device
+        return made
+
     def target_values(
         self,
         *args: Any,
@@ -490,13 +582,7 @@ class ExplainableGraphModule(nn.Module):
         if self._sliced:
             filled = {**given, POSITIONS: self._positions(targets[0], given)}
             asked = _at_the_only_position(targets)
-        seeded = self._seeded.get(kinds) or self._default_seeds()
-        forward = self._run_forward(seeded, filled)
-        if kinds not in self._seeded:
-            read = {i for target in asked for i in self._seed(target, forward)[1]}
-            self._seeded[kinds] = seeded if read <= set(seeded) else tuple(sorted(read))
-            if self._seeded[kinds] != seeded:
-                forward = self._run_forward(self._seeded[kinds], filled)
+        forward = self._forward_for(asked, kinds, filled)
         whole = {name: whole[name] for name in self._checks.examples}
         shown = _Shown.of(whole, self._options.labels)
         try:
@@ -505,6 +591,19 @@ class ExplainableGraphModule(nn.Module):
             del self._seeded[kinds], forward
             return self._explain(targets, given, whole)
         return found, forward
+
+    def _forward_for(
+        self, targets: Sequence[Target], kinds: tuple[Any, ...], given: dict[str, Tensor]
+    ) -> _Forward:
+        """A forward pass of the program that has seeds for what targets of some kinds read."""
+        seeded = self._seeded.get(kinds) or self._default_seeds()
+        forward = self._run_forward(seeded, given)
+        if kinds not in self._seeded:
+            read = {i for target in targets for i in self._seed(target, forward)[1]}
+            self._seeded[kinds] = seeded if read <= set(seeded) else tuple(sorted(read))
+            if self._seeded[kinds] != seeded:
+                forward = self._run_forward(self._seeded[kinds], given)
+        return forward
 
     def _edits(
         self,

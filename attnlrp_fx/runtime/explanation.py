@@ -25,8 +25,8 @@ from torch.utils import _pytree as pytree
 
 from attnlrp_fx import heatmap
 from attnlrp_fx.errors import InputError, MissingExtraError
+from attnlrp_fx.files import write_atomically
 from attnlrp_fx.heatmap.spelling import Spelling, spelling_of
-from attnlrp_fx.runtime.files import write_atomically
 from attnlrp_fx.runtime.flow import Flow, flow_of
 from attnlrp_fx.runtime.latent import Latents
 from attnlrp_fx.runtime.units import UnitRelevance, top_units

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnlrp_fx import heatmap
 from attnlrp_fx.errors import InputError
-from attnlrp_fx.runtime.files import write_atomically
+from attnlrp_fx.files import write_atomically
 from attnlrp_fx.runtime.latent import Latent
 
 if TYPE_CHECKING:

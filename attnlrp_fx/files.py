@@ -5,17 +5,18 @@ import uuid
 from pathlib import Path
 
 
-def write_atomically(path: str | Path, text: str) -> None:
+def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write beside ``path`` and rename: readers see the old file or the new one, never a part.
 
-    The temporary file is opened by name, not by `tempfile`, so that it gets the permissions that
-    any new file of the user's gets.
+    Text is written in UTF-8. The temporary file is opened by name, not by `tempfile`, so that it
+    gets the permissions that any new file of the user's gets.
     """
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "replace")
     goal = Path(path).resolve()
     draft = goal.with_name(f".{goal.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(draft, "x", encoding="utf-8", errors="replace", newline="\n") as file:
-            file.write(text)
+        with open(draft, "xb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, goal)
