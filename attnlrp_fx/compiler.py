@@ -39,6 +39,7 @@ def compile(
     derived_weights: str = "recompute",
     memory: Memory = "fast",
     regions: bool = True,
+    differentiable: bool = False,
     fallback: str = "error",
     tokenizer: Any = None,
     processor: Any = None,
@@ -75,6 +76,10 @@ def compile(
             the example's sizes, parameters apart. The report has the predicted peak.
         regions: whether repeated blocks are found and each distinct one is compiled once, so that
             compiling takes no longer for a deeper model; otherwise everything is one program.
+        differentiable: whether relevance and outputs of calls can be differentiated, exactly, by
+            parameters and float inputs; attention is then computed as it is written, not by a
+            fused kernel. `attnlrp_fx.training` has losses. Compiled under `torch.autocast`, the
+            program has its casts; `memory` is "fast" or "small" (checkpoints of autograd's).
         fallback: what becomes of an op that no rule claims: "error", or "gradient" to use the
             op's own gradient and say so in the report.
         tokenizer: gives explanations their tokens.
@@ -108,6 +113,8 @@ def compile(
             f"derived_weights is '{derived_weights}'", remedy="use 'recompute' or 'keep'"
         )
     check_memory(memory)
+    if differentiable:
+        _check_differentiable(derived_weights, memory)
     normalisation = None if processor is None else Normalisation.of(processor)
     stage("capturing the model")
     start = time.perf_counter()
@@ -125,13 +132,36 @@ def compile(
     rewriting = rewrite(captured, context, passes)
     module = captured.graph_module if isinstance(model, ExportedProgram) else model
     options = ExplainerOptions(
-        programs=ProgramOptions(backend, audit, derived_weights, memory, regions, on_stage),
+        programs=ProgramOptions(
+            backend=backend,
+            audit=audit,
+            derived_weights=derived_weights,
+            memory=memory,
+            differentiable=differentiable,
+            regions=regions,
+            on_stage=on_stage,
+        ),
         target=wanted,
         labels=Labels(tokenizer, getattr(getattr(model, "config", None), "id2label", None)),
         normalisation=normalisation,
     )
     explainer = ExplainableGraphModule(module, captured, rewriting, options, seconds)
     return explainer.prepare()
+
+
+def _check_differentiable(derived_weights: str, memory: Memory) -> None:
+    """Raise InputError for options that autograd does not go with."""
+    if derived_weights == "keep":
+        raise InputError(
+            "derived_weights='keep' keeps values from call to call, and gradients go through them",
+            remedy="use derived_weights='recompute' with differentiable=True",
+        )
+    if memory not in ("fast", "small"):
+        raise InputError(
+            f"memory is {memory!r}, and autograd keeps what no program knows of",
+            why="peaks are predicted for programs that nobody differentiates",
+            remedy="use memory='small', which checkpoints each block, or 'fast'",
+        )
 
 
 def _sliced(captured: Captured, target: Target) -> tuple[int, ...]:

@@ -2,11 +2,15 @@
 
 "eager" runs the graph as it is; "inductor" compiles it. A callable of (graph module, example
 inputs), as for torch.compile, is a backend too.
+
+What autograd goes through is compiled by `torch.compile`, which makes a program of the derivative
+as well. It does so at the first call, and once more without gradients if it is called without.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from attnlrp_fx import torch_private
@@ -38,6 +42,16 @@ def backend_named(backend: str | Backend) -> Backend:
             remedy=f"use one of: {', '.join(BACKENDS)}, or pass a callable",
         )
     return BACKENDS[backend]
+
+
+def compile_differentiable(graph_module: fx.GraphModule, backend: str | Backend) -> Runnable:
+    """Make a program graph runnable under autograd."""
+    if backend == "eager":
+        return eager(graph_module, ())
+    runnable: Runnable = torch.compile(
+        graph_module, backend=backend, dynamic=True, fullgraph=True
+    )
+    return runnable
 
 
 def compile_graph(graph_module: fx.GraphModule, backend: str | Backend) -> Runnable:

@@ -9,8 +9,8 @@ Every size is computed once, from the inputs' sizes, so that no value is kept fo
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from attnlrp_fx.calculus.tape import Channel, Received, Tape
 from attnlrp_fx.capture.functionalise import relax_views
+from attnlrp_fx.codegen.derivatives import check_differentiable, exact_derivatives
 from attnlrp_fx.codegen.partition import SEED, Keeping, hoist, split
 from attnlrp_fx.codegen.regions import computed
 from attnlrp_fx.errors import AttnLRPError, RuleError
@@ -90,6 +91,8 @@ class EmitOptions:
     """What the forward side keeps for the relevance side."""
     keep_derived: bool = False
     """Whether what depends on parameters alone is taken out of both sides."""
+    differentiable: bool = False
+    """Whether only ops are traced of which autograd has the exact derivative."""
 
 
 def emit(
@@ -107,7 +110,8 @@ def emit(
         options: how it is traced.
 
     Raises:
-        RuleError: an op cannot be traced, or writes in place.
+        RuleError: an op cannot be traced, or writes in place, or has no derivative where one is
+            asked for.
     """
     graph = graph_module.graph
     placeholders = placeholders_of(graph_module)
@@ -141,7 +145,10 @@ def emit(
         sums = [torch.stack(ordered)] if ordered else []
         return [*map(_contiguous, [*results, *found.values()]), *sums]
 
-    with mode, torch.no_grad():
+    with ExitStack() as stack:
+        stack.enter_context(mode)
+        stack.enter_context(torch.no_grad())
+        table = stack.enter_context(exact_derivatives()) if options.differentiable else {}
         fakes = {
             # One tensor under two names is two inputs: another region has two tensors there.
             name: fresh(mode.from_tensor(value, static_shapes=True)).to(options.device)
@@ -151,7 +158,7 @@ def emit(
         given = [_on(outputs[p.place].meta["val"], options.device, p.dtype) for p in seeds]
         try:
             with torch.fx.traceback.preserve_node_meta():
-                traced = make_fx(program, tracing_mode="symbolic")(fakes, inputs, given)
+                traced = make_fx(program, table, tracing_mode="symbolic")(fakes, inputs, given)
         except AttnLRPError:
             raise
         except Exception as error:
@@ -160,8 +167,12 @@ def emit(
     called += [("input", name) for name in names]
     called += [("seed", f"{SEED}{i}") for i in range(len(seeds))]
     _name_inputs(traced, called)
-    _clean(traced)
+    # What the model itself detaches has no derivative; other detaches are the tracer's.
+    own = {n.name for n in graph.nodes if is_op(n, "detach")} if options.differentiable else set()
+    _clean(traced, own)
     _check_pure(traced)
+    if options.differentiable:
+        check_differentiable(traced, {node.name: node for node in graph.nodes})
     rest, derived = hoist(traced) if options.keep_derived else (traced, None)
     forward, relevance = split(rest, len(outputs), options.keeping)
     return Program(
@@ -222,9 +233,11 @@ def _name_inputs(program: fx.GraphModule, called: Sequence[tuple[str, str]]) -> 
         node.meta |= {"name": name, "part": part}
 
 
-def _clean(program: fx.GraphModule) -> None:
-    """Drop detaches and what is dead; nobody differentiates the program by its detaches."""
+def _clean(program: fx.GraphModule, detached: Container[str] = ()) -> None:
+    """Drop what is dead, and detaches, but for those that named nodes were traced to."""
     for node in list(program.graph.nodes):
+        if is_op(node, "detach") and node.meta.get("custom", {}).get("from") in detached:
+            continue
         if is_op(node, "detach", "alias", "lift_fresh_copy"):
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.utils.checkpoint import checkpoint
 
 from attnlrp_fx.calculus.tape import Channel
 from attnlrp_fx.capture.capture import Captured
 from attnlrp_fx.codegen.attributes import Attributes, Derived
-from attnlrp_fx.codegen.backends import Backend, Runnable, compile_graph
+from attnlrp_fx.codegen.backends import Backend, Runnable, compile_differentiable, compile_graph
 from attnlrp_fx.codegen.emit import EmitOptions, Port, emit
 from attnlrp_fx.codegen.heads import head_of
 from attnlrp_fx.codegen.memory import Memory, MemoryPlan, planned
@@ -41,6 +42,8 @@ class ProgramOptions:
     """What becomes of values made of parameters alone: "recompute" or "keep"."""
     memory: Memory = "fast"
     """How much of the forward side is kept for the relevance side."""
+    differentiable: bool = False
+    """Whether autograd goes through the programs, to parameters and inputs."""
     regions: bool = True
     """Whether repeated blocks are compiled once; otherwise everything is one program."""
     on_stage: Stage | None = None
@@ -55,6 +58,8 @@ class Compiled:
     runnables: Mapping[fx.GraphModule, Runnable]
     derived: tuple[tuple[Derived, Mapping[str, int]], ...]
     """What regions keep of values made of parameters alone, and the slots where they go."""
+    checkpointed: bool = False
+    """Whether autograd keeps a step's arguments alone, and runs it again."""
 
     def start(self, attributes: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Values:
         """Slots that hold all that is given."""
@@ -66,7 +71,14 @@ class Compiled:
 
     def run(self, step: Step, arguments: Sequence[Any], values: Values) -> Sequence[Any]:
         """One step."""
-        results: Sequence[Any] = self.runnables[step.graph_module](*arguments)
+        runnable, results = self.runnables[step.graph_module], None
+        if self.checkpointed and torch.is_grad_enabled():
+            results = checkpoint(
+                runnable, *arguments, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            results = runnable(*arguments)
+        assert isinstance(results, Sequence)
         return results
 
 
@@ -153,7 +165,8 @@ class Programs:
         stage("compiling the program")
         halves = [step.graph_module for step in (*made.forward, *made.relevance)]
         halves += [kept.program.derived for kept in made.derived if kept.program.derived]
-        runnables = {half: compile_graph(half, backend) for half in dict.fromkeys(halves)}
+        compiler = compile_differentiable if self._options.differentiable else compile_graph
+        runnables = {half: compiler(half, backend) for half in dict.fromkeys(halves)}
         derived = tuple(
             (Derived(*_inputs_and_values(kept), runnables[kept.program.derived]), kept.slots)
             for kept in made.derived
@@ -173,7 +186,8 @@ class Programs:
                 memory=plan,
             )
         )
-        return Compiled(made, runnables, derived)
+        is_small = self._options.differentiable and self._options.memory == "small"
+        return Compiled(made, runnables, derived, checkpointed=is_small)
 
     def _schedule(self, seeded: tuple[int, ...], device: torch.device) -> Schedule:
         """Trace the programs for some seeds on a device."""
@@ -204,6 +218,7 @@ class Programs:
             audit=self._options.audit,
             keeping=self.keeping(),
             keep_derived=self._options.derived_weights == "keep",
+            differentiable=self._options.differentiable,
         )
 
 

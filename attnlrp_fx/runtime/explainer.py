@@ -33,6 +33,7 @@ from attnlrp_fx.runtime.explanations import Explanations
 from attnlrp_fx.runtime.generation import explain_generation
 from attnlrp_fx.runtime.labels import Labels
 from attnlrp_fx.runtime.mapping import Mapped, map_dataset
+from attnlrp_fx.runtime.modes import computing
 from attnlrp_fx.runtime.seeding import Seeds, entering, kinds_of, seeds_of
 from attnlrp_fx.targets import (
     Chosen,
@@ -149,7 +150,7 @@ class ExplainableGraphModule(nn.Module):
         )
         self._siblings: list[ExplainableGraphModule] = []
         self._seeded: dict[Any, tuple[int, ...]] = {}
-        self.eval()
+        self.training = False  # what is explained is the model in evaluation mode, however it is set
 
     @property
     def captured(self) -> fx.GraphModule:
@@ -218,7 +219,7 @@ class ExplainableGraphModule(nn.Module):
         given = self._given(args, inputs)
         if not self._slices(targets):
             return self._whole()(given, target=target, check_finite=check_finite)  # type: ignore[no-any-return]
-        with torch.inference_mode(False), torch.no_grad():
+        with computing(device, self._options.programs.differentiable):
             found, forward = self._explain(targets, given, given)
         asked = _at_the_only_position(targets) if self._sliced else targets
         for one in asked if check_finite else ():
@@ -236,7 +237,7 @@ class ExplainableGraphModule(nn.Module):
         """Explain a batch, or a prefix of it, for several targets; see `Explains`."""
         given = self._given((inputs,), {})
         shown = given if whole is None else dict(self._given((whole,), {}))
-        with torch.inference_mode(False), torch.no_grad():
+        with computing(self._attributes.device()):
             found, forward = self._explain(targets, given, shown)
         scores = default_scores(self._outputs(forward.flat, given))
         return Explanations(tuple(found)), scores
@@ -551,7 +552,7 @@ class ExplainableGraphModule(nn.Module):
         return Explanation(
             relevance={n: _padded(read.relevance[n], shown.inputs[n]) for n in names},
             outputs=pytree.tree_unflatten(list(flat), self._convention.output_spec),
-            target_value=chosen.value.detach(),
+            target_value=chosen.value if torch.is_grad_enabled() else chosen.value.detach(),
             target=str(target),
             inputs=shown.inputs,
             tokens=shown.tokens(names),
@@ -605,6 +606,7 @@ class ExplainableGraphModule(nn.Module):
         output = flat[next(iter(seeded))]
         return output.shape[-1], output.dim() == 3 or output.shape[-1] > 1000
 
+    @torch.no_grad()
     def _ledger(self, read: Read, chosen: Chosen, flat: Sequence[Tensor], seeds: Seeds) -> Ledger:
         # As the reverse pass meets them: from the target to the inputs.
         nodes = [node for node in reversed(self.rewritten.graph.nodes) if node.name in read.sums]
