@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from attnlrp_fx.capture.autocast import without_autocast
 from attnlrp_fx.capture.capture import Captured, Inputs, capture
 from attnlrp_fx.codegen.backends import Backend, backend_named
 from attnlrp_fx.codegen.memory import Memory, check_memory
@@ -166,7 +167,7 @@ def _check_differentiable(derived_weights: str, memory: Memory) -> None:
 
 def _sliced(captured: Captured, target: Target) -> tuple[int, ...]:
     """The outputs of which a target reads one position of each row."""
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast():
         flat = captured.graph_module(*captured.example.values())
     chosen = target.choose(outputs_as_seen(captured, flat, captured.example))
     names = [seed.output for seed in chosen.seeds if seed.position is not None]

@@ -48,9 +48,7 @@ def compile_differentiable(graph_module: fx.GraphModule, backend: str | Backend)
     """Make a program graph runnable under autograd."""
     if backend == "eager":
         return eager(graph_module, ())
-    runnable: Runnable = torch.compile(
-        graph_module, backend=backend, dynamic=True, fullgraph=True
-    )
+    runnable: Runnable = torch.compile(graph_module, backend=backend, dynamic=True, fullgraph=True)
     return runnable
 
 

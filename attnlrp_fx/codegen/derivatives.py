@@ -33,8 +33,11 @@ WRITTEN_OUT = (
     aten.native_batch_norm_backward,
     aten._native_batch_norm_legit,
     aten._native_batch_norm_legit_no_training,
+    aten.silu_backward,
+    aten.mish_backward,
 )
-"""Ops whose further outputs are functions of the input, and constants to autograd."""
+"""Ops whose further outputs are functions of the input, and constants to autograd; and derivatives
+that have none themselves."""
 SHAPE_ALONE = (
     *("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full"),
     *("new_empty", "new_empty_strided", "rand_like", "randn_like", "detach", "sgn", "sign"),
@@ -86,12 +89,12 @@ class _Differentiated(fx.Interpreter):
         for part in _read_parts(n, result):
             if not part.requires_grad:
                 self._refuse(n, "PyTorch takes what it returns for a constant")
-            if part.grad_fn is not None and part.grad_fn.name() == "NotImplemented":
+            if part.grad_fn is not None and part.grad_fn.name().endswith("NotImplemented"):
                 self._refuse(n, "PyTorch has no derivative of it")
         return result
 
     def _refuse(self, node: fx.Node, why: str) -> None:
-        traced = node.meta.get("custom", {})
+        traced = node.meta.get("custom") or {}
         source = self._sources.get(traced.get("from", ""))
         raise RuleError(
             f"the {traced.get('phase', 'traced')} program of this op cannot be differentiated: "

@@ -9,7 +9,7 @@ Every size is computed once, from the inputs' sizes, so that no value is kept fo
 """
 
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -167,9 +167,7 @@ def emit(
     called += [("input", name) for name in names]
     called += [("seed", f"{SEED}{i}") for i in range(len(seeds))]
     _name_inputs(traced, called)
-    # What the model itself detaches has no derivative; other detaches are the tracer's.
-    own = {n.name for n in graph.nodes if is_op(n, "detach")} if options.differentiable else set()
-    _clean(traced, own)
+    _clean(traced, options.differentiable)
     _check_pure(traced)
     if options.differentiable:
         check_differentiable(traced, {node.name: node for node in graph.nodes})
@@ -233,10 +231,14 @@ def _name_inputs(program: fx.GraphModule, called: Sequence[tuple[str, str]]) -> 
         node.meta |= {"name": name, "part": part}
 
 
-def _clean(program: fx.GraphModule, detached: Container[str] = ()) -> None:
-    """Drop what is dead, and detaches, but for those that named nodes were traced to."""
+def _clean(program: fx.GraphModule, differentiable: bool = False) -> None:
+    """Drop what is dead, and detaches; where it matters, the model's own stay.
+
+    A node that carries no relevance is run as it is; what rules make of others is annotated.
+    """
     for node in list(program.graph.nodes):
-        if is_op(node, "detach") and node.meta.get("custom", {}).get("from") in detached:
+        is_rules = "from" in (node.meta.get("custom") or {})
+        if is_op(node, "detach") and differentiable and not is_rules:
             continue
         if is_op(node, "detach", "alias", "lift_fresh_copy"):
             node.replace_all_uses_with(node.args[0])

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils.checkpoint import checkpoint
 
 from attnlrp_fx.calculus.tape import Channel
+from attnlrp_fx.capture.autocast import without_autocast
 from attnlrp_fx.capture.capture import Captured
 from attnlrp_fx.codegen.attributes import Attributes, Derived
 from attnlrp_fx.codegen.backends import Backend, Runnable, compile_differentiable, compile_graph
@@ -114,7 +115,8 @@ class Programs:
     def compile(self, seeded: tuple[int, ...], device: torch.device) -> Compiled:
         """The program for some explained outputs on a device, compiled if it is not there yet."""
         if (seeded, device) not in self.compiled:
-            self.compiled[seeded, device] = self._compile(seeded, device)
+            with without_autocast():
+                self.compiled[seeded, device] = self._compile(seeded, device)
         return self.compiled[seeded, device]
 
     def flat(self, seeded: tuple[int, ...], device: torch.device) -> fx.GraphModule:
@@ -123,7 +125,8 @@ class Programs:
             outputs = outputs_of(self._rewritten.graph)
             seeds = [_seed_port(i, outputs[i]) for i in seeded]
             values, options = self._attributes.values(), self._emit_options(device)
-            self._flat[device] = emit(self._rewritten, seeds, values, options).graph_module
+            with without_autocast():
+                self._flat[device] = emit(self._rewritten, seeds, values, options).graph_module
         return self._flat[device]
 
     def planned(

@@ -150,7 +150,9 @@ class ExplainableGraphModule(nn.Module):
         )
         self._siblings: list[ExplainableGraphModule] = []
         self._seeded: dict[Any, tuple[int, ...]] = {}
-        self.training = False  # what is explained is the model in evaluation mode, however it is set
+        self.training = (
+            False  # what is explained is the model in evaluation mode, however it is set
+        )
 
     @property
     def captured(self) -> fx.GraphModule:
@@ -180,6 +182,7 @@ class ExplainableGraphModule(nn.Module):
         """What each pass did, each rule's count, ops that fell through, what was compiled."""
         return self._report
 
+    @torch.compiler.disable  # checks read values; the programs are compiled already
     def forward(
         self,
         *args: Any,
@@ -219,7 +222,7 @@ class ExplainableGraphModule(nn.Module):
         given = self._given(args, inputs)
         if not self._slices(targets):
             return self._whole()(given, target=target, check_finite=check_finite)  # type: ignore[no-any-return]
-        with computing(device, self._options.programs.differentiable):
+        with computing(self._options.programs.differentiable):
             found, forward = self._explain(targets, given, given)
         asked = _at_the_only_position(targets) if self._sliced else targets
         for one in asked if check_finite else ():
@@ -237,7 +240,7 @@ class ExplainableGraphModule(nn.Module):
         """Explain a batch, or a prefix of it, for several targets; see `Explains`."""
         given = self._given((inputs,), {})
         shown = given if whole is None else dict(self._given((whole,), {}))
-        with computing(self._attributes.device()):
+        with computing():
             found, forward = self._explain(targets, given, shown)
         scores = default_scores(self._outputs(forward.flat, given))
         return Explanations(tuple(found)), scores
@@ -380,7 +383,7 @@ class ExplainableGraphModule(nn.Module):
                     remedy=f"choose from: {', '.join(sorted(map(str, sources)))}",
                 )
         moved = device if device != self._programs.captured_device else None
-        with torch.no_grad():
+        with computing():
             attributes = self._attributes.values(device)
             flat = Masked(self.rewritten, keep or {}, attributes, moved).run(*given.values())
             wanted = self._target if target is None else as_target(target)
@@ -596,7 +599,7 @@ class ExplainableGraphModule(nn.Module):
         kind = kinds_of([self._target])
         if kind not in self._seeded:
             example = self._convention.example
-            with torch.no_grad():
+            with computing():
                 flat = self.captured(*example.values())
             self._seeded[kind] = tuple(sorted(self._seed(self._target, flat, example)[1]))
         return self._seeded[kind]

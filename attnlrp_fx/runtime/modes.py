@@ -5,19 +5,20 @@ from contextlib import contextmanager
 
 import torch
 
+from attnlrp_fx.capture.autocast import without_autocast
+
 
 @contextmanager
-def computing(device: torch.device, differentiable: bool = False) -> Iterator[None]:
+def computing(differentiable: bool = False) -> Iterator[None]:
     """Run a program: in the dtypes that it was captured with, and with gradients or without.
 
     Args:
-        device: where it runs.
         differentiable: whether autograd may follow it, if it follows what surrounds the call.
     """
     follows = differentiable and torch.is_grad_enabled()
     with (
         torch.inference_mode(False),  # which turns gradients on
         torch.set_grad_enabled(follows),
-        torch.autocast(device.type, enabled=False),
+        without_autocast(),
     ):
         yield
