@@ -42,12 +42,12 @@ SHAPE_ALONE = (
     *("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full"),
     *("new_empty", "new_empty_strided", "rand_like", "randn_like", "detach", "sgn", "sign"),
 )
-"""Ops that read sizes of their input, or are constant between jumps, or stop gradients on purpose."""
+"""Ops that read sizes alone, are constant between jumps, or stop gradients on purpose."""
 
 
 @contextmanager
 def exact_derivatives() -> Iterator[dict[Any, Callable[..., Any]]]:
-    """A context in which attention is traced as it is written, and what ops to write out as well."""
+    """A context in which attention is traced as it is written; yields how to write out ops."""
     with sdpa_kernel(SDPBackend.MATH):
         yield decompositions(WRITTEN_OUT)
 

@@ -333,7 +333,8 @@ class _Explained:
 
     def _explain(self, batch: Batch) -> Explanation:
         inputs = {n: v.to(self.device, non_blocking=True) for n, v in batch.inputs.items()}
-        found: Explanation = self.explainer({**inputs, **batch.constants}, target=batch.target)
+        with torch.no_grad():
+            found: Explanation = self.explainer({**inputs, **batch.constants}, target=batch.target)
         return found
 
     def _outputs(self, whole: Any, batch: Batch, row: int) -> Any:

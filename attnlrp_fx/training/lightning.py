@@ -1,4 +1,7 @@
-"""Explanations in PyTorch Lightning: a callback that logs them; `pip install 'attnlrp_fx[train]'`."""
+"""Explanations in PyTorch Lightning: a callback that logs them.
+
+Needs `pip install 'attnlrp_fx[train]'`.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -65,8 +65,8 @@ def share_outside(relevance: Tensor, mask: Tensor) -> Tensor:
 def alignment(relevance: Tensor, wanted: Tensor) -> Tensor:
     """How far relevance is from a given map: 1 − cos(R, M) = ½ ‖R/‖R‖ − M/‖M‖‖².
 
-    The squared distance of Liu and Avci 2019 (arXiv 1906.08286, eq. 4), of unit vectors, so that the
-    map says where relevance should lie and not how much. In [0, 2]; 1 for a row without relevance.
+    The squared distance of Liu and Avci 2019 (arXiv 1906.08286), of unit vectors, so that the map
+    says where relevance should lie and not how much. In [0, 2]; 1 for a row without relevance.
 
     Args:
         relevance: (batch, ...).
@@ -102,9 +102,9 @@ def consistency(relevance: Tensor, other: Tensor) -> Tensor:
     Example:
         >>> import torch
         >>> from attnlrp_fx.training import consistency
-        >>> image = torch.tensor([[[1.0, 0.0], [2.0, 0.0]]])
-        >>> consistency(image, (2 * image).flip(-1).flip(-1))
-        tensor(0.)
+        >>> image, mirrored = torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[0.0, 3.0]]])
+        >>> consistency(image, mirrored.flip(-1))
+        tensor(0.4000)
     """
     if relevance.shape != other.shape:
         raise InputError(
@@ -141,7 +141,7 @@ def sparsity(relevance: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def background(relevance: Tensor, mask: Tensor, *, decay: float = 1.0, soft: float = 1.0) -> Tensor:
-    """Attention to the background: −log(1 − b/(b + E)) = log(1 + b/E), b pooled background relevance.
+    """Attention to the background: −log(1 − b/(b + E)) = log(1 + b/E), b its pooled relevance.
 
     ISNet's background loss (Bassi, Dertkigil and Cavalli 2024, Nature Communications 15:291): |R| of
     the background over its mean on the foreground, in descending order weighted by dᵏ (global
@@ -169,7 +169,7 @@ def background(relevance: Tensor, mask: Tensor, *, decay: float = 1.0, soft: flo
     rows, (inside,) = _rows(relevance, mask)
     magnitude, tiny = rows.abs(), torch.finfo(rows.dtype).tiny
     within = (magnitude * inside).sum(1) / inside.sum(1).clamp(min=1)
-    ranked, order = (magnitude * (1 - inside)).sort(1, descending=True)
+    ranked = (magnitude * (1 - inside)).sort(1, descending=True).values
     # Only as many ranks count as the background has elements.
     ranks = torch.arange(rows.shape[1], device=rows.device)
     weights = decay ** ranks.to(rows.dtype) * (ranks < (1 - inside).sum(1, keepdim=True))
@@ -178,7 +178,7 @@ def background(relevance: Tensor, mask: Tensor, *, decay: float = 1.0, soft: flo
 
 
 def foreground(relevance: Tensor, mask: Tensor, *, least: float, most: float) -> Tensor:
-    """Foreground relevance out of range: ((least − f)⁺ + (f − most)⁺)² / least², f = Σ_i m_i |R_i|.
+    """Foreground relevance out of range: ((least − f)⁺ + (f − most)⁺)² / least², f = Σ m_i |R_i|.
 
     ISNet's foreground loss (Bassi et al. 2024, as in `background`): beside a background loss, whose
     unit is the foreground's relevance, it keeps that from vanishing or growing without bounds.
@@ -208,6 +208,8 @@ def foreground(relevance: Tensor, mask: Tensor, *, least: float, most: float) ->
 
 def _rows(relevance: Tensor, *others: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Relevance as (batch, n), and what belongs to it in its shape and dtype."""
+    if relevance.dim() < 2:
+        raise InputError(f"relevance has shape {tuple(relevance.shape)}, not (batch, ...)")
     found = []
     for other in others:
         try:
@@ -219,8 +221,6 @@ def _rows(relevance: Tensor, *others: Tensor) -> tuple[Tensor, list[Tensor]]:
                 remedy="give it a shape that broadcasts: (batch, 1, height, width) for images",
             ) from error
         found.append(spread.to(relevance.device, relevance.dtype).flatten(1))
-    if relevance.dim() < 2:
-        raise InputError(f"relevance has shape {tuple(relevance.shape)}, not (batch, ...)")
     return relevance.flatten(1), found
 
 

@@ -1,4 +1,4 @@
-"""Explanations in Hugging Face's `Trainer`: a callback that logs them, a mixin that trains with them.
+"""Explanations in Hugging Face's `Trainer`: a callback logs them, a mixin trains with them.
 
     class ExplainedTrainer(ExplanationLossMixin, Trainer):
         pass
@@ -159,7 +159,7 @@ class ExplanationLossMixin(_Base):
         return self._explainer(given, target=choose(inputs))
 
     def _micro_batches(self, num_items_in_batch: Any) -> int:
-        """What the trainer does not divide by: the task's loss is scaled already, the term is not."""
+        """What the trainer does not divide by: the task's loss is scaled, the term is not."""
         is_scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if is_scaled is None:
             counts = self.model_accepts_loss_kwargs and num_items_in_batch is not None
