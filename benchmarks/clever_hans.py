@@ -3,13 +3,13 @@
     python benchmarks/clever_hans.py                       # both tasks, 5 seeds, some minutes
     python benchmarks/clever_hans.py --tasks text --seeds 2 --epochs 1
 
-*Text*: sentences of movie reviews (vaderSentiment), with one token planted at a random place in 95 %
-of the positive and 5 % of the negative ones. *Images*: handwritten digits (`digits.py`) with a light
-square whose place at the upper edge tells the label in 95 % of the pictures. Training data has the
-mark, clean test data has none, and in misleading test data it speaks for another class.
+*Text*: sentences of movie reviews (vaderSentiment), with one token planted at a random place in
+95 % of the positive and 5 % of the negative. *Images*: handwritten digits (`digits.py`) with a
+light square whose place at the upper edge tells the label in 95 % of the pictures. Training data
+has the mark, clean test data has none, and in misleading test data it speaks for another class.
 
-Each seed trains one small model twice from the same start on the same batches: by cross-entropy, and
-with a loss of its own explanation beside it: of texts the share of relevance on the token
+Each seed trains one small model twice from the same start on the same batches: by cross-entropy,
+and with a loss of its own explanation beside it: of texts the relevance on the token
 (`share_outside`), of images what lies outside of the digit's box (ISNet's `background` and
 `foreground`). One program gives logits and relevance (`compile(..., differentiable=True)`), so the
 task's loss is computed from `explanation.outputs`.
@@ -25,7 +25,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -280,8 +281,7 @@ class Convolutional(nn.Module):
         super().__init__()
         sizes = (3, 16, 32, 48, 64)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1)
-            for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(sizes)
         )
         self.last = nn.Linear(64 * 9, 10)
 
@@ -383,7 +383,7 @@ def main(
             console.print(f"there is no task '{name}'; choose text or images")
             sys.exit(1)
     if epochs:
-        made = [Task(**{**vars(task), "epochs": epochs}) for task in made]
+        made = [replace(task, epochs=epochs) for task in made]
     outcomes: list[Outcome] = []
     with Progress(console=console) as progress:
         bar = progress.add_task("epochs", total=sum(2 * seeds * task.epochs for task in made))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from attnlrp_fx import torch_private
 from attnlrp_fx.errors import BackendError
@@ -48,7 +48,14 @@ def compile_differentiable(graph_module: fx.GraphModule, backend: str | Backend)
     """Make a program graph runnable under autograd."""
     if backend == "eager":
         return eager(graph_module, ())
-    runnable: Runnable = torch.compile(graph_module, backend=backend, dynamic=True, fullgraph=True)
+    compiled: Runnable = torch.compile(graph_module, backend=backend, dynamic=True, fullgraph=True)
+
+    def runnable(*arguments: Any) -> Any:
+        # Whether an argument is a view of something would be part of what is compiled for.
+        return compiled(
+            *[a if not isinstance(a, Tensor) or a.requires_grad else a.detach() for a in arguments]
+        )
+
     return runnable
 
 

@@ -143,8 +143,8 @@ def sparsity(relevance: Tensor, mask: Tensor | None = None) -> Tensor:
 def background(relevance: Tensor, mask: Tensor, *, decay: float = 1.0, soft: float = 1.0) -> Tensor:
     """Attention to the background: −log(1 − b/(b + E)) = log(1 + b/E), b its pooled relevance.
 
-    ISNet's background loss (Bassi, Dertkigil and Cavalli 2024, Nature Communications 15:291): |R| of
-    the background over its mean on the foreground, in descending order weighted by dᵏ (global
+    ISNet's background loss (Bassi, Dertkigil and Cavalli 2024, Nature Communications 15:291): |R|
+    of the background over its mean on the foreground, in descending order weighted by dᵏ (global
     weighted ranked pooling), squashed by b/(b + E), and a cross-entropy against none.
 
     Args:

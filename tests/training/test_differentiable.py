@@ -362,8 +362,7 @@ def test_inductor():
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (X, X[:3], X[:2] * 2):
             found, expected = (
-                gradients(model, both_terms(one(rows, target=1)))
-                for one in (explainer, eager)
+                gradients(model, both_terms(one(rows, target=1))) for one in (explainer, eager)
             )
             assert_same(found, expected)
 

@@ -48,7 +48,9 @@ def test_share_outside():
 def test_alignment():
     goal = GOAL.tolist()
     expected = mean(
-        1 - sum(r * g for r, g in zip(row, goal, strict=True)) / math.dist(row, [0] * 5)
+        1
+        - sum(r * g for r, g in zip(row, goal, strict=True))
+        / math.dist(row, [0] * 5)
         / math.dist(goal, [0] * 5)
         for row in R.tolist()
     )

@@ -26,7 +26,7 @@ MARK = 4
 
 
 class Classifier(nn.Module):
-    """Tokens mixed by a layer, their mean classified; with dropout, and a loss as of transformers."""
+    """Tokens mixed by a layer, their mean classified; dropout, and a loss as of transformers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,11 @@ def test_transformers_trainer(tmp_path, capsys):
         seen: list[int] = []
         mask = batch()["input_ids"] != MARK
         monitor = Monitor(
-            batch(), every=8, target=1, mask=mask, sinks=[lambda record, s=seen: s.append(record.step)]
+            batch(),
+            every=8,
+            target=1,
+            mask=mask,
+            sinks=[lambda record, s=seen: s.append(record.step)],
         )
         trainer = trained(tmp_path, weight, monitor)
         assert trainer.model.training
