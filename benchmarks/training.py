@@ -45,6 +45,7 @@ from transformers import (
 import attnlrp_fx
 from attnlrp_fx import COMPOSITES, Composite, Join, Logit, Match, WSquare, epsilon_gamma_box
 from attnlrp_fx.passes import PIPELINE, drop_assertions, promote_casts
+from attnlrp_fx.training import share_outside
 
 RESULTS = Path(__file__).parent / "results"
 EXACT = (drop_assertions, promote_casts, *PIPELINE)
@@ -250,7 +251,7 @@ def steps(
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), given["input_ids"][:, 1:].flatten())
 
     def explained(explanation: Any) -> Tensor:
-        return attnlrp_fx.training.share_outside(explanation.relevance["input_ids"], allowed)
+        return share_outside(explanation.relevance["input_ids"], allowed)
 
     def stepping(loss: Callable[[], Tensor]) -> Callable[[], None]:
         def step() -> None:

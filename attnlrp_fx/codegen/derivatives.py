@@ -111,9 +111,9 @@ def _is_floating(value: Tensor) -> bool:
 
 def _read_parts(node: fx.Node, result: Any) -> list[Tensor]:
     """The floating tensors of an op's result that something reads."""
-    if not isinstance(result, list | tuple):
-        result, read = [result], {0}
+    if isinstance(result, list | tuple):
+        read = [user.args[1] for user in node.users if user.target is operator.getitem]
+        parts = [part for i, part in enumerate(result) if i in read]
     else:
-        read = {user.args[1] for user in node.users if user.target is operator.getitem}
-    parts = [part for i, part in enumerate(result) if i in read]
+        parts = [result]
     return [part for part in parts if isinstance(part, Tensor) and _is_floating(part)]

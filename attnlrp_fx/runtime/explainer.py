@@ -33,7 +33,7 @@ from attnlrp_fx.runtime.explanations import Explanations
 from attnlrp_fx.runtime.generation import explain_generation
 from attnlrp_fx.runtime.labels import Labels
 from attnlrp_fx.runtime.mapping import Mapped, map_dataset
-from attnlrp_fx.runtime.modes import computing
+from attnlrp_fx.runtime.modes import computing, not_traced
 from attnlrp_fx.runtime.seeding import Seeds, entering, kinds_of, seeds_of
 from attnlrp_fx.targets import (
     Chosen,
@@ -182,7 +182,7 @@ class ExplainableGraphModule(nn.Module):
         """What each pass did, each rule's count, ops that fell through, what was compiled."""
         return self._report
 
-    @torch.compiler.disable  # checks read values; the programs are compiled already
+    @not_traced  # checks read values, and the programs are compiled already
     def forward(
         self,
         *args: Any,

@@ -44,7 +44,7 @@ class TensorBoard:
         self, writer: SummaryWriter | str | Path, tag: str = "explanation", top: int = 10
     ) -> None:
         is_path = isinstance(writer, str | Path)
-        self.writer: Any = SummaryWriter(str(writer)) if is_path else writer  # type: ignore[no-untyped-call]
+        self.writer: Any = SummaryWriter(str(writer)) if is_path else writer
         self.tag = tag
         self.top = top
 
