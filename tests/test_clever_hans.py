@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,24 @@ def sentences(count: int, seed: int) -> list[tuple[str, int]]:
 @pytest.fixture(scope="module")
 def task(hans):
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "attnlrp_fx" / "embedded" / "sentiment")
-    return hans.text_task(sentences(256, 0), sentences(100, 1), tokenizer, epochs=6, length=12)
+    task = hans.text_task(sentences(256, 0), sentences(100, 1), tokenizer, epochs=12, length=12)
+    return replace(task, build=lambda: Bag(len(tokenizer)), rate=1e-2)
+
+
+class Bag(nn.Module):
+    """The mean over tokens of what a layer makes of each, classified."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.embed, self.mix, self.last = (
+            nn.Embedding(vocabulary, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 2),
+        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = nn.functional.gelu(self.mix(self.embed(input_ids))) * attention_mask[..., None]
+        return self.last(hidden.sum(1) / attention_mask.sum(1, keepdim=True))
 
 
 def test_the_token_is_where_it_says(task):
