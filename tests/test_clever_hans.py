@@ -1,4 +1,4 @@
-"""The Clever Hans example at a tiny size: a planted token is used, unless relevance is trained away."""
+"""Clever Hans at a tiny size: a planted token is used, unless relevance is trained away."""
 
 import random
 import sys

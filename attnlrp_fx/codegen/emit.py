@@ -43,7 +43,8 @@ class Port(NamedTuple):
 class Program:
     """A traced graph, whole and split.
 
-    The whole takes (attributes, inputs, seeds) and returns (outputs, what inputs receive, sums).
+    The whole takes (attributes, inputs, seeds) and returns (outputs, what inputs receive, relevance
+    of latent values, sums).
     """
 
     graph_module: fx.GraphModule
@@ -58,6 +59,8 @@ class Program:
     """What inputs have received when it ends; of the model's inputs, their relevance."""
     audited: tuple[int, ...]
     """The nodes whose sums it returns, by their places in the graph; empty unless audited."""
+    latent: tuple[int, ...]
+    """The markers of latent values whose relevance it returns, by their places in the graph."""
     rest: fx.GraphModule
     """The whole, without what is derived from attributes alone."""
     forward: fx.GraphModule
@@ -120,6 +123,7 @@ def emit(
     mode = fake_mode_of(graph_module)
     received: list[Port] = []
     audited: list[str] = []
+    latent: list[str] = []
     traced_last: list[tuple[fx.Node, str]] = []
 
     def annotate(node: fx.Node, phase: str) -> AbstractContextManager[None]:
@@ -140,10 +144,11 @@ def emit(
             for name, value in values.items()
         }
         received[:] = found
-        audited[:] = read.sums
+        audited[:], latent[:] = read.sums, read.latent
         ordered = [read.sums[node.name] for node in computed(graph) if node.name in read.sums]
         sums = [torch.stack(ordered)] if ordered else []
-        return [*map(_contiguous, [*results, *found.values()]), *sums]
+        handed = [*results, *found.values(), *read.latent.values()]
+        return [*map(_contiguous, handed), *sums]
 
     with ExitStack() as stack:
         stack.enter_context(mode)
@@ -173,6 +178,7 @@ def emit(
         check_differentiable(traced, {node.name: node for node in graph.nodes})
     rest, derived = hoist(traced) if options.keep_derived else (traced, None)
     forward, relevance = split(rest, len(outputs), options.keeping)
+    places = {node.name: i for i, node in enumerate(computed(graph))}
     return Program(
         graph_module=traced,
         attributes=tuple(attributes),
@@ -181,7 +187,8 @@ def emit(
         outputs=len(outputs),
         received=tuple(received),
         rest=rest,
-        audited=tuple(i for i, node in enumerate(computed(graph)) if node.name in audited),
+        audited=tuple(i for name, i in places.items() if name in audited),
+        latent=tuple(places[name] for name in latent),
         forward=forward,
         relevance=relevance,
         derived=derived,

@@ -35,6 +35,8 @@ class Step:
     """The slots for its results."""
     audited: tuple[str, ...] = ()
     """The nodes of the rewritten graph whose sums are one result more."""
+    latent: tuple[str, ...] = ()
+    """The markers in it whose latent value's relevance are further results, before the sums."""
     emptied: tuple[int, ...] = ()
     """The slots that no later step reads."""
 
@@ -51,6 +53,8 @@ class Read:
     """By explained input."""
     sums: dict[str, Tensor]
     """By node of the rewritten graph, empty unless audited."""
+    latent: dict[str, Tensor]
+    """By marker in the rewritten graph: relevance of the latent values that it reaches."""
 
 
 @dataclass(frozen=True)
@@ -134,15 +138,18 @@ class Schedule:
         for slot, seed in zip(self.seeds, seeds, strict=True):
             _add(values, slot, seed)
         sums: dict[str, Tensor] = {}
+        latent: dict[str, Tensor] = {}
         for step in self.relevance:
             results = call(step, [values[slot] for slot in step.arguments], values)
             if step.audited:
                 sums.update(zip(step.audited, results[-1], strict=True))
+            latent.update(zip(step.latent, results[len(step.results) :], strict=False))
             for slot, result in zip(step.results, results, strict=False):
                 _add(values, slot, result)
             for slot in step.emptied:
                 values[slot] = None
-        return Read({name: values[slot] for name, slot in self.explained.items()}, sums)
+        relevance = {name: values[slot] for name, slot in self.explained.items()}
+        return Read(relevance, sums, latent)
 
 
 def _add(values: Values, slot: int, value: Tensor) -> None:
@@ -187,7 +194,9 @@ def _arranged(
     pairs = zip(regions, programs, strict=True)
     places = [_Place(i, region, program, slots) for i, (region, program) in enumerate(pairs)]
     forward = [place.forward() for place in places]
-    used = [p for p in reversed(places) if p.program.received or p.program.audited]
+    used = [
+        p for p in reversed(places) if p.program.received or p.program.audited or p.program.latent
+    ]
     relevance = [place.relevance() for place in used]
     placeholders = placeholders_of(rewritten)
     explained = slots.known(Channel.MOVED, placeholders)
@@ -275,8 +284,12 @@ class _Place:
     def relevance(self) -> Step:
         graph_module, region = self.program.relevance, self.region
         received = [self.slots.of(p.channel, region.inputs[p.place]) for p in self.program.received]
-        audited = tuple(region.nodes[i].name for i in self.program.audited)
-        return Step(graph_module, self._all(graph_module), tuple(received), audited)
+        audited, latent = (
+            tuple(region.nodes[i].name for i in places)
+            for places in (self.program.audited, self.program.latent)
+        )
+        arguments = self._all(graph_module)
+        return Step(graph_module, arguments, tuple(received), audited, latent)
 
     def derivation(self) -> Derivation:
         names = dict(zip(self.program.attributes, self.region.attributes, strict=True))

@@ -1,0 +1,23 @@
+"""Files that are written whole or not at all."""
+
+import os
+import uuid
+from pathlib import Path
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write beside ``path`` and rename: readers see the old file or the new one, never a part.
+
+    The temporary file is opened by name, not by `tempfile`, so that it gets the permissions that
+    any new file of the user's gets.
+    """
+    goal = Path(path).resolve()
+    draft = goal.with_name(f".{goal.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(draft, "x", encoding="utf-8", errors="replace", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, goal)
+    finally:
+        draft.unlink(missing_ok=True)
