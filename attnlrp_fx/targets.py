@@ -349,7 +349,7 @@ class _Scores:
         """The gradient of a weighted sum of scores; None: of one score."""
         if weight is None:
             weight = torch.ones_like(self.values[:, :1])
-        return Seed(self.output, index, weight.detach(), self.position)
+        return Seed(self.output, index, weight, self.position)
 
 
 def _scores(outputs: Outputs, name: str | None, position: Index) -> _Scores:

@@ -12,6 +12,7 @@
   them at run time only in the calling convention that a rewritten graph no longer has.
 - `outside_of_tracing`: computing with real values while a model is traced.
 - `own_backwards`: no hook tells that an `autograd.Function` is called, so its `apply` is watched.
+- `decompositions`: ops written out, for those whose own derivative is not exact.
 - `typical_size`, `grows_with`: what a symbolic size would be, and whether it is a multiple of
   another, from their expressions.
 
@@ -26,6 +27,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 import torch.fx.experimental._config as symbolic_shapes_config
 from torch import fx
+from torch._decomp import get_decompositions
 from torch._inductor import standalone_compile
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -87,6 +89,11 @@ def fresh(value: Any) -> Any:
 def new_fake_mode() -> FakeTensorMode:
     """A mode in which tensors have sizes and no values; a graph's own constants may be real."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def decompositions(ops: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
+    """PyTorch's own way of writing ops out in simpler ones, by overload."""
+    return dict(get_decompositions(ops))
 
 
 def storage_of(tensor: torch.Tensor) -> int:

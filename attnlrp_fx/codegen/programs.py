@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.utils.checkpoint import checkpoint
 
 from attnlrp_fx.calculus.tape import Channel
+from attnlrp_fx.capture.autocast import without_autocast
 from attnlrp_fx.capture.capture import Captured
 from attnlrp_fx.codegen.attributes import Attributes, Derived
-from attnlrp_fx.codegen.backends import Backend, Runnable, compile_graph
+from attnlrp_fx.codegen.backends import Backend, Runnable, compile_differentiable, compile_graph
 from attnlrp_fx.codegen.emit import EmitOptions, Port, emit
 from attnlrp_fx.codegen.heads import head_of
 from attnlrp_fx.codegen.memory import Memory, MemoryPlan, planned
@@ -46,6 +48,8 @@ class ProgramOptions:
     """What becomes of values made of parameters alone: "recompute" or "keep"."""
     memory: Memory = "fast"
     """How much of the forward side is kept for the relevance side."""
+    differentiable: bool = False
+    """Whether autograd goes through the programs, to parameters and inputs."""
     regions: bool = True
     """Whether repeated blocks are compiled once; otherwise everything is one program."""
     on_stage: Stage | None = None
@@ -64,6 +68,8 @@ class Compiled:
     """What regions keep of values made of parameters alone, and the slots where they go."""
     reverse: Reverse
     """Runs the relevance side."""
+    checkpointed: bool = False
+    """Whether autograd keeps a step's arguments alone, and runs it again."""
 
     def start(self, attributes: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Values:
         """Slots that hold all that is given."""
@@ -75,7 +81,14 @@ class Compiled:
 
     def run(self, step: Step, arguments: Sequence[Any], values: Values) -> Sequence[Any]:
         """One step."""
-        results: Sequence[Any] = self.runnables[step.graph_module](*arguments)
+        runnable, results = self.runnables[step.graph_module], None
+        if self.checkpointed and torch.is_grad_enabled():
+            results = checkpoint(
+                runnable, *arguments, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            results = runnable(*arguments)
+        assert isinstance(results, Sequence)
         return results
 
 
@@ -145,7 +158,8 @@ class Programs:
 
     def _made(self, served: Served) -> Compiled:
         if served not in self.compiled:
-            self.compiled[served] = self._compile(served)
+            with without_autocast():
+                self.compiled[served] = self._compile(served)
         return self.compiled[served]
 
     def flat(self, seeded: tuple[int, ...], device: torch.device) -> fx.GraphModule:
@@ -154,7 +168,8 @@ class Programs:
             outputs = outputs_of(self._rewritten.graph)
             seeds = [_seed_port(i, outputs[i]) for i in seeded]
             values, options = self._attributes.values(), self._emit_options(device)
-            self._flat[device] = emit(self._rewritten, seeds, values, options).graph_module
+            with without_autocast():
+                self._flat[device] = emit(self._rewritten, seeds, values, options).graph_module
         return self._flat[device]
 
     def planned(self, served: Served) -> tuple[Schedule, MemoryPlan | None]:
@@ -212,7 +227,8 @@ class Programs:
         stage("compiling the program")
         halves = [step.graph_module for step in (*made.forward, *made.relevance)]
         halves += [kept.program.derived for kept in made.derived if kept.program.derived]
-        runnables = {half: compile_graph(half, backend) for half in dict.fromkeys(halves)}
+        compiler = compile_differentiable if self._options.differentiable else compile_graph
+        runnables = {half: compiler(half, backend) for half in dict.fromkeys(halves)}
         derived = tuple(
             (Derived(*_inputs_and_values(kept), runnables[kept.program.derived]), kept.slots)
             for kept in made.derived
@@ -233,7 +249,8 @@ class Programs:
                 memory=plan,
             )
         )
-        return Compiled(made, runnables, derived, Reverse(made))
+        is_small = self._options.differentiable and self._options.memory == "small"
+        return Compiled(made, runnables, derived, Reverse(made), checkpointed=is_small)
 
     def _name(self, output: int) -> str:
         """The name of a flat output, or of the latent value that it is."""
@@ -275,6 +292,7 @@ class Programs:
             weighed=self._attributes.parameters() if self._options.weights else frozenset(),
             rows=self._rows() if self._options.weights else None,
             keep_derived=self._options.derived_weights == "keep",
+            differentiable=self._options.differentiable,
         )
 
 

@@ -35,6 +35,7 @@ from attnlrp_fx.runtime.generation import explain_generation
 from attnlrp_fx.runtime.labels import Labels
 from attnlrp_fx.runtime.latent import latent_outputs, read_latents
 from attnlrp_fx.runtime.mapping import Mapped, map_dataset
+from attnlrp_fx.runtime.modes import computing, not_traced
 from attnlrp_fx.runtime.seeding import Seeds, entering, kinds_of, seeds_of
 from attnlrp_fx.runtime.weight_relevance import Sums, Weighed, WeightRelevance, weight_relevance
 from attnlrp_fx.targets import (
@@ -158,7 +159,9 @@ class ExplainableGraphModule(nn.Module):
         self._places = {one.site.name: (one.index, one.site) for one in self._latent}
         self._siblings: list[ExplainableGraphModule] = []
         self._seeded: dict[Any, tuple[int, ...]] = {}
-        self.eval()
+        self.training = (
+            False  # the explained model is the one in evaluation mode, however it is set
+        )
 
     @property
     def captured(self) -> fx.GraphModule:
@@ -188,6 +191,7 @@ class ExplainableGraphModule(nn.Module):
         """What each pass did, each rule's count, ops that fell through, what was compiled."""
         return self._report
 
+    @not_traced  # checks read values, and the programs are compiled already
     def forward(
         self,
         *args: Any,
@@ -234,7 +238,7 @@ class ExplainableGraphModule(nn.Module):
             edits = {"conditions": conditions, "interventions": interventions}
             return self._whole()(given, target=target, check_finite=check_finite, **edits)  # type: ignore[no-any-return]
         given |= self._edits(given, conditions, interventions)
-        with torch.inference_mode(False), torch.no_grad():
+        with computing(self._options.programs.differentiable):
             found, forward = self._explain(targets, given, given)
         asked = _at_the_only_position(targets) if self._sliced else targets
         for one in asked if check_finite else ():
@@ -253,7 +257,7 @@ class ExplainableGraphModule(nn.Module):
         given = self._given((inputs,), {})
         shown = given if whole is None else dict(self._given((whole,), {}))
         given = given | self._edits(given)
-        with torch.inference_mode(False), torch.no_grad():
+        with computing():
             found, forward = self._explain(targets, given, shown)
         scores = default_scores(forward.seen)
         return Explanations(tuple(found)), scores
@@ -487,7 +491,7 @@ class ExplainableGraphModule(nn.Module):
                     remedy=f"choose from: {', '.join(sorted(map(str, sources)))}",
                 )
         moved = device if device != self._programs.captured_device else None
-        with torch.no_grad():
+        with computing():
             attributes = self._attributes.values(device)
             run = Masked(self.rewritten, keep or {}, attributes, moved).run
             flat = run(*given.values(), *self._edits(given).values())
@@ -702,7 +706,7 @@ class ExplainableGraphModule(nn.Module):
         return Explanation(
             relevance={n: _padded(read.relevance[n], shown.inputs[n]) for n in names},
             outputs=forward.seen.tree,
-            target_value=chosen.value.detach(),
+            target_value=chosen.value if torch.is_grad_enabled() else chosen.value.detach(),
             target=str(target),
             inputs=shown.inputs,
             tokens=shown.tokens(names),
@@ -747,7 +751,7 @@ class ExplainableGraphModule(nn.Module):
         kind = kinds_of([self._target])
         if kind not in self._seeded:
             example = self._convention.example
-            with torch.no_grad():
+            with computing():
                 flat = self._example_outputs(example)
             found = seeds_of(
                 self._target, self.rewritten, self._convention, flat, example, self._places
@@ -766,6 +770,7 @@ class ExplainableGraphModule(nn.Module):
         output = flat[next(iter(seeded))]
         return output.shape[-1], output.dim() == 3 or output.shape[-1] > 1000
 
+    @torch.no_grad()
     def _ledger(self, read: Read, chosen: Chosen, flat: Sequence[Tensor], seeds: Seeds) -> Ledger:
         # As the reverse pass meets them: from the target to the inputs.
         nodes = [node for node in reversed(self.rewritten.graph.nodes) if node.name in read.sums]

@@ -133,6 +133,15 @@ class Explanation:
             and not given.is_meta
         )
 
+    def detach(self) -> Explanation:
+        """The same without gradients, to keep while training goes on."""
+        return replace(
+            self,
+            relevance={name: value.detach() for name, value in self.relevance.items()},
+            outputs=pytree.tree_map_only(Tensor, Tensor.detach, self.outputs),
+            target_value=self.target_value.detach(),
+        )
+
     def row(self, index: int, lengths: Mapping[str, int] | None = None) -> Explanation:
         """One row as an explanation of its own, without the padding on its right.
 

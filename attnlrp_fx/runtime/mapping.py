@@ -205,7 +205,8 @@ class _Explained:
 
     def _rows(self, batch: Batch) -> list[Explanation]:
         """The explanation of each sample of a batch."""
-        explanation: Explanation = self.loaded.run(batch, self.explainer)
+        with torch.no_grad():
+            explanation: Explanation = self.loaded.run(batch, self.explainer)
         whole = explanation.outputs
         explanation = _in_main_memory(replace(explanation, outputs=None))
         rows = [explanation.row(i, lengths) for i, lengths in enumerate(batch.lengths)]

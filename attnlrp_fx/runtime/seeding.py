@@ -77,12 +77,17 @@ def seeds_of(
 def _differentiated(
     target: Target, convention: Convention, flat: Sequence[Any], given: Mapping[str, Tensor]
 ) -> tuple[Chosen, Seeds]:
-    """A target that does not know its own gradient, and its gradient."""
+    """A target that does not know its own gradient, and its gradient.
+
+    With gradients, the target's own stays a function of the outputs.
+    """
+    is_differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         watched = list(flat)
         floating = [i for i, v in enumerate(flat) if _is_floating(v)]
         for i in floating:
-            watched[i] = flat[i].detach().requires_grad_()
+            if not (is_differentiable and flat[i].requires_grad):
+                watched[i] = flat[i].detach().requires_grad_()
         chosen = target.choose(outputs_as_seen(convention, watched, given))
         if not chosen.value.requires_grad:
             raise TargetError(
@@ -91,7 +96,9 @@ def _differentiated(
                 remedy="compute it from them, without detaching",
             )
         leaves = [watched[i] for i in floating]
-        found = torch.autograd.grad(chosen.value.sum(), leaves, allow_unused=True)
+        found = torch.autograd.grad(
+            chosen.value.sum(), leaves, allow_unused=True, create_graph=is_differentiable
+        )
     return chosen, {i: s for i, s in zip(floating, found, strict=True) if s is not None}
 
 
