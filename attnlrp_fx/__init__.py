@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     )
     from attnlrp_fx.evaluate.faithfulness import Curves, Perturbation, perturbation_curves
     from attnlrp_fx.evaluate.tuning import tune
+    from attnlrp_fx.graph.sites import SAE
     from attnlrp_fx.heatmap.display import Display
+    from attnlrp_fx.neurons import Neuron
     from attnlrp_fx.rules.composites import COMPOSITES, Composite, Match, epsilon_gamma_box
     from attnlrp_fx.rules.rules import (
         AlphaBeta,
@@ -53,9 +55,12 @@ if TYPE_CHECKING:
         ZPlus,
     )
     from attnlrp_fx.runtime.comparison import Comparison
+    from attnlrp_fx.runtime.editing import Ablate, Clamp, Keep, Scale
     from attnlrp_fx.runtime.explainer import ExplainableGraphModule
     from attnlrp_fx.runtime.explanation import Explanation
     from attnlrp_fx.runtime.explanations import Explanations
+    from attnlrp_fx.runtime.flow import Flow
+    from attnlrp_fx.runtime.latent import Latent, Latents
     from attnlrp_fx.runtime.mapping import Mapped, Throughput
     from attnlrp_fx.runtime.weight_relevance import WeightRelevance
     from attnlrp_fx.statistics.collect import latent_statistics
@@ -66,11 +71,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "COMPOSITES",
+    "SAE",
+    "Ablate",
     "AlphaBeta",
     "Attention",
     "AttnLRPError",
     "BackendError",
     "CaptureError",
+    "Clamp",
     "Comparison",
     "Composite",
     "Constant",
@@ -83,12 +91,16 @@ __all__ = [
     "Explanation",
     "Explanations",
     "Flat",
+    "Flow",
     "Gamma",
     "Gradient",
     "Identity",
     "InputError",
     "Join",
+    "Keep",
+    "Latent",
     "LatentStatistics",
+    "Latents",
     "Ledger",
     "LogProb",
     "Logit",
@@ -96,12 +108,14 @@ __all__ = [
     "Match",
     "MissingExtraError",
     "ModelNotFoundError",
+    "Neuron",
     "NonFiniteError",
     "Pass",
     "PassError",
     "Perturbation",
     "Rule",
     "RuleError",
+    "Scale",
     "StatisticConstant",
     "TargetError",
     "Taylor",
@@ -138,6 +152,11 @@ _HOMES = {
         "RuleError",
         "TargetError",
     ),
+    "neurons": ("Neuron",),
+    "runtime.flow": ("Flow",),
+    "graph.sites": ("SAE",),
+    "runtime.editing": ("Ablate", "Clamp", "Keep", "Scale"),
+    "runtime.latent": ("Latent", "Latents"),
     "runtime.explainer": ("ExplainableGraphModule",),
     "runtime.explanation": ("Explanation",),
     "runtime.explanations": ("Explanations",),

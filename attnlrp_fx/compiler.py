@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from attnlrp_fx.capture.autocast import without_autocast
 from attnlrp_fx.capture.capture import Captured, Inputs, capture
 from attnlrp_fx.codegen.backends import Backend, backend_named
 from attnlrp_fx.codegen.memory import Memory, check_memory
 from attnlrp_fx.codegen.programs import ProgramOptions, Stage
 from attnlrp_fx.codegen.rewriting import rewrite
 from attnlrp_fx.errors import InputError
+from attnlrp_fx.graph.sites import SAE
 from attnlrp_fx.heatmap import Normalisation
+from attnlrp_fx.neurons import Neuron
 from attnlrp_fx.passes import PIPELINE, Pass, PassContext
 from attnlrp_fx.rules.composites import Composite, composite_named
 from attnlrp_fx.runtime.explainer import ExplainableGraphModule, ExplainerOptions
@@ -36,11 +39,12 @@ def compile(
     positions: bool = False,
     target_slice: bool = False,
     audit: bool = False,
-    latent: Sequence[str] = (),
+    latent: Sequence[str | SAE] = (),
     editable: bool = False,
     derived_weights: str = "recompute",
     memory: Memory = "fast",
     regions: bool = True,
+    differentiable: bool = False,
     fallback: str = "error",
     tokenizer: Any = None,
     processor: Any = None,
@@ -72,7 +76,8 @@ def compile(
         latent: latent values whose activation and relevance explanations carry, by role
             ("mlp.neurons", "attention.heads", "attention.weights", "residual", "router",
             "experts"), by what modules give ("model.layers.*.mlp.act_fn"; `*` is a part of a path,
-            `**` any number) or take ("input:model.layers.*.mlp"), or by node of the captured graph.
+            `**` any number) or take ("input:model.layers.*.mlp"), or by node of the captured
+            graph; a `SAE` makes the features of a sparse autoencoder latent values.
         editable: whether calls may change these values and mask their relevance.
         derived_weights: what becomes of values made of parameters alone, as |W| under a γ rule:
             "recompute" at every explanation, or "keep", which is faster and takes the memory that
@@ -82,6 +87,10 @@ def compile(
             the example's sizes, parameters apart. The report has the predicted peak.
         regions: whether repeated blocks are found and each distinct one is compiled once, so that
             compiling takes no longer for a deeper model; otherwise everything is one program.
+        differentiable: whether relevance and outputs of calls can be differentiated, exactly, by
+            parameters and float inputs; attention is then computed as it is written, not by a
+            fused kernel. `attnlrp_fx.training` has losses. Compiled under `torch.autocast`, the
+            program has its casts; `memory` is "fast" or "small" (checkpoints of autograd's).
         fallback: what becomes of an op that no rule claims: "error", or "gradient" to use the
             op's own gradient and say so in the report.
         tokenizer: gives explanations their tokens.
@@ -116,6 +125,8 @@ def compile(
             f"derived_weights is '{derived_weights}'", remedy="use 'recompute' or 'keep'"
         )
     check_memory(memory)
+    if differentiable:
+        _check_differentiable(derived_weights, memory)
     normalisation = None if processor is None else Normalisation.of(processor)
     stage("capturing the model")
     start = time.perf_counter()
@@ -135,7 +146,15 @@ def compile(
     rewriting = rewrite(captured, context, passes)
     module = captured.graph_module if isinstance(model, ExportedProgram) else model
     options = ExplainerOptions(
-        programs=ProgramOptions(backend, audit, derived_weights, memory, regions, on_stage),
+        programs=ProgramOptions(
+            backend=backend,
+            audit=audit,
+            derived_weights=derived_weights,
+            memory=memory,
+            differentiable=differentiable,
+            regions=regions,
+            on_stage=on_stage,
+        ),
         target=wanted,
         labels=Labels(tokenizer, getattr(getattr(model, "config", None), "id2label", None)),
         normalisation=normalisation,
@@ -144,9 +163,26 @@ def compile(
     return explainer.prepare()
 
 
+def _check_differentiable(derived_weights: str, memory: Memory) -> None:
+    """Raise InputError for options that autograd does not go with."""
+    if derived_weights == "keep":
+        raise InputError(
+            "derived_weights='keep' keeps values from call to call, and gradients go through them",
+            remedy="use derived_weights='recompute' with differentiable=True",
+        )
+    if memory not in ("fast", "small"):
+        raise InputError(
+            f"memory is {memory!r}, and autograd keeps what no program knows of",
+            why="peaks are predicted for programs that nobody differentiates",
+            remedy="use memory='small', which checkpoints each block, or 'fast'",
+        )
+
+
 def _sliced(captured: Captured, target: Target) -> tuple[int, ...]:
-    """The outputs of which a target reads one position of each row."""
-    with torch.no_grad():
+    """The outputs of which a target reads one position of each row; none if it is latent."""
+    if isinstance(target, Neuron):
+        return ()
+    with torch.no_grad(), without_autocast():
         flat = captured.graph_module(*captured.example.values())
     chosen = target.choose(outputs_as_seen(captured, flat, captured.example))
     names = [seed.output for seed in chosen.seeds if seed.position is not None]

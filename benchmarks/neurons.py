@@ -20,9 +20,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from explain import MODELS
 from rich.console import Console
 from rich.table import Table
+from speed import CASES
 from timing import medians
 
 import attnlrp_fx
@@ -36,7 +36,7 @@ def measure(
     name: str, rows: int, batch: int, tokens: int, roles: list[str], backend: str, rounds: int
 ) -> dict[str, Any]:
     """All contestants on one model."""
-    model = MODELS[name]()
+    model = CASES[name].model()
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (rows, tokens), generator=generator)
@@ -110,7 +110,7 @@ def main(
 ) -> None:
     """Measure, print tables, write JSON."""
     results = []
-    for name in names or list(MODELS):
+    for name in names or ("llama", "smollm2"):
         wanted = roles or ["mlp.neurons"]
         results.append(measure(name, rows, batch, tokens, wanted, backend, rounds))
         torch.compiler.reset()

@@ -10,6 +10,8 @@ from attnlrp_fx.passes.assign_rules import assign_rules
 from attnlrp_fx.passes.base import Pass, PassContext, PassResult
 from attnlrp_fx.passes.drop_assertions import drop_assertions
 from attnlrp_fx.passes.drop_identities import drop_identities
+from attnlrp_fx.passes.insert_autoencoders import insert_autoencoders
+from attnlrp_fx.passes.lower_attention import lower_attention
 from attnlrp_fx.passes.lower_bags import lower_bags
 from attnlrp_fx.passes.lower_copies import lower_copies
 from attnlrp_fx.passes.lower_pools import lower_pools
@@ -43,11 +45,13 @@ NORMALISE: tuple[Pass, ...] = (
 RAISE: tuple[Pass, ...] = (
     mark_sources,
     mark_positions,
+    insert_autoencoders,
     raise_attention,
     raise_norms,
     raise_routing,
     raise_scans,
     raise_activations,
+    lower_attention,
     mark_latents,
 )
 """Passes that recognise what was decomposed."""
@@ -107,6 +111,8 @@ __all__ = [
     "assign_rules",
     "drop_assertions",
     "drop_identities",
+    "insert_autoencoders",
+    "lower_attention",
     "lower_bags",
     "lower_copies",
     "lower_pools",

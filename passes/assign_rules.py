@@ -41,11 +41,11 @@ def assign_rules(graph_module: fx.GraphModule, context: PassContext) -> PassResu
     roles_of = roles(graph, values)
     parameters = parameter_values(graph)
     live = {
-        node for node in graph.nodes if ops.is_explained(node) and node.target is not ops.latent
+        node for node in graph.nodes if ops.is_explained(node) and node.target not in ops.LATENT
     }
     rules: dict[fx.Node, tuple[Kind, Rule]] = {}
     for node in graph.nodes:
-        if node.target is ops.latent and node.args[0] in live:
+        if node.target in ops.LATENT and node.args[0] in live:
             live.add(node)
         elif node in explained and any(leaf in live for leaf in leaves((node.args, node.kwargs))):
             kind = kind_of(node, live)
@@ -68,7 +68,7 @@ def assign_rules(graph_module: fx.GraphModule, context: PassContext) -> PassResu
 
 def _is_open(node: fx.Node) -> bool:
     """Whether a node has no rule yet, and is no marker that needs none."""
-    is_marker = node.target is ops.latent or ops.is_explained(node)
+    is_marker = node.target in ops.LATENT or ops.is_explained(node)
     return "rule" not in node.meta and not is_marker
 
 
@@ -132,7 +132,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, kind: Kind, rule: Rule) -> None:
             op = graph.get_attr(str(node.target))
     node.meta |= {
         "rule": str(rule),
-        "absorbs": node.meta.get("absorbs", rule.absorbs),
+        "absorbs": rule.absorbs,
         "kind": kind,
         "op": node.target,
         "constructed_by": node.meta.get("constructed_by", "assign_rules"),

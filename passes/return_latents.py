@@ -14,7 +14,10 @@ from attnlrp_fx.errors import InputError
 from attnlrp_fx.graph.operators import outputs_of
 from attnlrp_fx.graph.provenance import describe
 from attnlrp_fx.passes.base import PassContext, PassResult, finish
-from attnlrp_fx.passes.mark_latents import CHOSEN, SITE, markers_of
+from attnlrp_fx.passes.mark_latents import CHOSEN, SITE, markers_of, value_of
+
+RETURNED = "returned"
+"""The key of a marker's meta: the places of its value, and of chosen experts, in the outputs."""
 
 
 def return_latents(graph_module: fx.GraphModule, context: PassContext) -> PassResult:
@@ -26,14 +29,18 @@ def return_latents(graph_module: fx.GraphModule, context: PassContext) -> PassRe
     result = PassResult("return_latents")
     graph = graph_module.graph
     outputs, markers = outputs_of(graph), [*markers_of(graph).values()]
-    if not markers or markers[0] in outputs:
+    if not markers or all(RETURNED in marker.meta for marker in markers):
         return result
     reaching = _reaching(graph)
     for marker in markers:
         if marker not in reaching:
             raise _unreached(marker, context)
     chosen = [marker.meta[CHOSEN] for marker in markers if marker.meta[CHOSEN] is not None]
-    graph.output_node().args = ((*outputs, *markers, *dict.fromkeys(chosen)),)
+    further = [*map(value_of, markers), *dict.fromkeys(chosen)]
+    places = {node: len(outputs) + i for i, node in enumerate(further)}
+    graph.output_node().args = ((*outputs, *further),)
+    for marker in markers:
+        marker.meta[RETURNED] = places[value_of(marker)], places.get(marker.meta[CHOSEN])
     result.changes = len(markers)
     finish(graph_module)
     return result

@@ -45,6 +45,7 @@ def test_every_function_is_tested() -> None:
     }
     assert public == {
         "unlike_symbols",
+        "decompositions",
         "inductor",
         "fake_mode_of",
         "fresh",
@@ -206,3 +207,15 @@ def test_storage_of() -> None:
         for x, other in [fakes, (torch.ones(3, 4), torch.ones(3, 4))]:
             assert torch_private.storage_of(x.view(12)[1:]) == torch_private.storage_of(x)
             assert torch_private.storage_of(x) != torch_private.storage_of(other)
+
+
+def test_decompositions() -> None:
+    """Of the ops asked for alone, by overload; the same values, of simpler ops."""
+    aten = torch.ops.aten
+    table = torch_private.decompositions([aten.native_layer_norm, aten.silu_backward])
+    assert set(table) >= {aten.native_layer_norm.default, aten.silu_backward.default}
+    assert aten.gelu_backward.default not in table
+    x = torch.linspace(-2, 3, 12, dtype=torch.float64).reshape(3, 4)
+    found = table[aten.native_layer_norm.default](x, [4], None, None, 1e-5)
+    for part, expected in zip(found, aten.native_layer_norm(x, [4], None, None, 1e-5), strict=True):
+        torch.testing.assert_close(part, expected)

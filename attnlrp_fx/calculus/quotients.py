@@ -164,20 +164,36 @@ def _leaky(x: Tensor, slope: float = 0.01) -> Tensor:
 
 
 def _elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
-    negative = _divided(torch.expm1, 1.0)(x.clamp(max=0) * input_scale)
+    negative = _EXPM1(x.clamp(max=0) * input_scale)
     return scale * torch.where(x > 0, 1.0, alpha * input_scale * negative)
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
     """xⁿ⁻¹; at 0 the finite 0 where n < 1: of xⁿ = 0 there is nothing to hand on."""
-    factor = x ** (exponent - 1)
-    return factor if exponent >= 1 else torch.where(x == 0, 0.0, factor)
+    if exponent >= 1:
+        return x ** (exponent - 1)
+    return torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x) ** (exponent - 1))
 
 
-def _divided(function: Callable[[Tensor], Tensor], slope: float) -> Callable[[Tensor], Tensor]:
-    """f(x)/x of a function with f(0) = 0 that is exact to relative precision near 0."""
-    return lambda x: torch.where(x == 0, slope, function(x) / torch.where(x == 0, 1.0, x))
+def _divided(function: Callable[[Tensor], Tensor], *series: float) -> Callable[[Tensor], Tensor]:
+    """f(x)/x of a function with f(0) = 0, and its derivative, exact to rounding near 0.
 
+    There it is the series a + b x + c x² + …; the derivative of a division would cancel.
+    """
+
+    def factor(x: Tensor) -> Tensor:
+        near = x.abs() < torch.finfo(x.dtype).eps ** (1 / len(series))
+        small, polynomial = torch.where(near, x, 0.0), torch.full_like(x, series[-1])
+        for term in series[-2::-1]:
+            polynomial = polynomial * small + term
+        divisor = torch.where(near, 1.0, x)
+        return torch.where(near, polynomial, function(divisor) / divisor)
+
+    return factor
+
+
+_EXPM1 = _divided(torch.expm1, 1, 1 / 2, 1 / 6, 1 / 24, 1 / 120)
+_ERF_SLOPE = 2 / math.sqrt(math.pi)
 
 _FACTORS: dict[Any, Callable[..., Tensor]] = {
     aten.relu: lambda x: (x > 0).to(x.dtype),
@@ -188,12 +204,12 @@ _FACTORS: dict[Any, Callable[..., Tensor]] = {
     aten.prelu: lambda x, w: torch.where(x > 0, 1.0, w.reshape((-1,) + (1,) * (x.dim() - 2))),
     aten.hardswish: lambda x: F.relu6(x + 3) / 6,
     aten.abs: torch.sgn,
-    aten.tanh: _divided(torch.tanh, 1.0),
-    aten.sin: _divided(torch.sin, 1.0),
-    aten.erf: _divided(torch.erf, 2 / math.sqrt(math.pi)),
-    aten.expm1: _divided(torch.expm1, 1.0),
-    aten.log1p: _divided(torch.log1p, 1.0),
-    aten.atan: _divided(torch.atan, 1.0),
+    aten.tanh: _divided(torch.tanh, 1, 0, -1 / 3, 0, 2 / 15),
+    aten.sin: _divided(torch.sin, 1, 0, -1 / 6, 0, 1 / 120),
+    aten.erf: _divided(torch.erf, _ERF_SLOPE, 0, -_ERF_SLOPE / 3, 0, _ERF_SLOPE / 10),
+    aten.expm1: _EXPM1,
+    aten.log1p: _divided(torch.log1p, 1, -1 / 2, 1 / 3, -1 / 4, 1 / 5),
+    aten.atan: _divided(torch.atan, 1, 0, -1 / 3, 0, 1 / 5),
     aten.elu: _elu,
     aten.celu: lambda x, alpha=1.0: _elu(x, alpha, input_scale=1 / alpha),
     aten.sqrt: lambda x: _power(x, 0.5),

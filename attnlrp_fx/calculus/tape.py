@@ -233,6 +233,10 @@ class Tape(Runner):
                     _add(relevance, origin, self._relevance_of_source(node, *received.pop(node)))
                 elif node.target is ops.latent:
                     self._read(node, received, reading, audit)
+                elif node.target is ops.intervened:
+                    self._take_back(node, received, reading, audit)
+                elif node.target is ops.rejoined:
+                    self._leave_error(node, received, reading, audit)
                 elif node.target is operator.getitem:
                     received.hand_to_owner(node)
                 else:
@@ -316,23 +320,38 @@ class Tape(Runner):
     def _read(self, node: fx.Node, received: "Received", reading: Reading, audit: bool) -> None:
         """Read a latent value's relevance off, and hand on what its condition lets through."""
         args, unit = self.fetch_args_kwargs_from_env(node)
-        (value, *edits), parts = args, received.pop(node)
-        kept = parts
+        (value, *edits), (c, r) = args, received.pop(node)
+        kept = c, r
         if edits:
             share = ops.kept_of(value, *edits, **unit)
-            c, r = (None if part is None else (part * share).to(part.dtype) for part in parts)
-            kept = c, r
-        reading.latent[node.name] = passed = _wide_relevance(value, *kept)
-        marked: Any = node.args[0]
-        for sums, part in zip((received.coefficients, received.relevance), kept, strict=True):
-            if part is not None:
-                _add(sums, marked, part)
+            kept = _times(c, share), _times(r, share)
+        reading.latent[node.name] = _wide_relevance(value, *kept)
+        received.hand_on(node, *kept)
         if audit and edits:
-            total, on = (
-                relevance.sum(dtype=torch.float64)
-                for relevance in (_wide_relevance(value, *parts), passed)
-            )
-            reading.sums[node.name] = torch.stack([total, on, total - on])
+            reading.sums[node.name] = _line((value, c, r), (value, *kept))
+
+    def _take_back(
+        self, node: fx.Node, received: "Received", reading: Reading, audit: bool
+    ) -> None:
+        """Take what an intervention received to the value that it changed: y = f·x + s."""
+        args, unit = self.fetch_args_kwargs_from_env(node)
+        (value, *edits), (c, r), changed = args, received.pop(node), self.env[node]
+        whole = c if r is None else factored(changed, c, r)[0]
+        coefficient = _times(whole, ops.factor_of(value, *edits, **unit))
+        received.hand_on(node, coefficient, None)
+        if audit:
+            reading.sums[node.name] = _line((changed, c, r), (value, coefficient, None))
+
+    def _leave_error(
+        self, node: fx.Node, received: "Received", reading: Reading, audit: bool
+    ) -> None:
+        """Read the relevance of an autoencoder's error off, and hand on the rest."""
+        (decoded, error), (c, r) = self.fetch_args_kwargs_from_env(node)[0], received.pop(node)
+        whole = c if r is None else factored(self.env[node], c, r)[0]
+        reading.latent[node.name] = _wide_relevance(error, whole, None)
+        received.hand_on(node, whole, None)
+        if audit:
+            reading.sums[node.name] = _line((self.env[node], c, r), (decoded, whole, None))
 
     def _carry(
         self, node: fx.Node, relevance: dict[fx.Node, Tensor], reading: Reading, audit: bool
@@ -384,6 +403,13 @@ class Received:
         """The coefficient and the relevance of a node, None for what it did not receive."""
         return self.coefficients.pop(node, None), self.relevance.pop(node, None)
 
+    def hand_on(self, node: fx.Node, c: Tensor | None, r: Tensor | None) -> None:
+        """Give what a marker lets through to the value that it marks."""
+        marked: Any = node.args[0]
+        for sums, part in ((self.coefficients, c), (self.relevance, r)):
+            if part is not None:
+                _add(sums, marked, part)
+
     def hand_to_owner(self, node: fx.Node) -> None:
         """Give what one output of an op has received to the op."""
         owner, part = node.args
@@ -391,6 +417,16 @@ class Received:
         for sums in (self.coefficients, self.relevance):
             if node in sums:
                 _add(sums.setdefault(owner, {}), part, sums.pop(node))
+
+
+def _times(part: Tensor | None, share: Tensor) -> Tensor | None:
+    return None if part is None else (part * share).to(part.dtype)
+
+
+def _line(arrived: tuple[Any, Any, Any], handed: tuple[Any, Any, Any]) -> Tensor:
+    """A line of the ledger, of the value, coefficient and relevance before and behind a marker."""
+    sums = [_wide_relevance(*part).sum(dtype=torch.float64) for part in (arrived, handed)]
+    return torch.stack([*sums, sums[0] - sums[1]])
 
 
 def _wide_relevance(value: Tensor, c: Tensor | None, r: Tensor | None) -> Tensor:

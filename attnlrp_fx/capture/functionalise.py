@@ -7,6 +7,8 @@ need none of it: no-grad regions are inlined, in-place ops made functional where
 
 What leaves a no-grad region is a constant to the model's gradient, and so to relevance: either way
 it goes through a `detach`.
+
+Autocast leaves no casts in what is exported, only in what is decomposed.
 """
 
 import warnings
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram, default_decompositions
 
+from attnlrp_fx.capture.autocast import autocasting
 from attnlrp_fx.capture.mutations import drop_mutations, is_mutable
 from attnlrp_fx.graph.operators import aten, is_known, is_op, packet
 
@@ -34,10 +37,11 @@ def functional(exported: ExportedProgram) -> fx.GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         detach_regions(exported)
+        casts = bool(autocasting()) or _has_autocast(exported.graph_module)
         graph_module = exported.module(check_guards=False)
         assert isinstance(graph_module, fx.GraphModule)
         inline_regions(graph_module)
-        if not drop_mutations(graph_module) or needs_decomposition(graph_module):
+        if not drop_mutations(graph_module) or casts or needs_decomposition(graph_module):
             table = default_decompositions()
             for op in list(table):
                 if is_known(op) or packet(op) in KEPT:
@@ -146,7 +150,7 @@ def _cast(graph: fx.Graph, value: fx.Node, dtype: torch.dtype, source: fx.Node) 
 def inline_regions(graph_module: fx.GraphModule) -> None:
     """Replace each region that was captured under no_grad or autocast by its body.
 
-    The values are the same with or without gradients. An autocast region has its casts inside.
+    The values are the same with or without gradients; a region under autocast is decomposed before.
     """
     graph = graph_module.graph
     for node in list(graph.nodes):
@@ -173,6 +177,13 @@ def _is_region(node: fx.Node) -> bool:
         "wrap_with_set_grad_enabled",
         "wrap_with_autocast",
     )
+
+
+def _has_autocast(graph_module: fx.GraphModule) -> bool:
+    """Whether a model turns autocast on or off for a part of itself."""
+    parts = (part for part in graph_module.modules() if isinstance(part, fx.GraphModule))
+    nodes = (node for part in parts for node in part.graph.nodes if _is_region(node))
+    return any(node.target.__name__ == "wrap_with_autocast" for node in nodes)
 
 
 def _is_submodule(graph_module: fx.GraphModule, arg: Any) -> bool:

@@ -2,12 +2,16 @@
 
 "eager" runs the graph as it is; "inductor" compiles it. A callable of (graph module, example
 inputs), as for torch.compile, is a backend too.
+
+What autograd goes through is compiled by `torch.compile`, which makes a program of the derivative
+as well. It does so at the first call, and once more without gradients if it is called without.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from attnlrp_fx import torch_private
 from attnlrp_fx.errors import BackendError
@@ -38,6 +42,21 @@ def backend_named(backend: str | Backend) -> Backend:
             remedy=f"use one of: {', '.join(BACKENDS)}, or pass a callable",
         )
     return BACKENDS[backend]
+
+
+def compile_differentiable(graph_module: fx.GraphModule, backend: str | Backend) -> Runnable:
+    """Make a program graph runnable under autograd."""
+    if backend == "eager":
+        return eager(graph_module, ())
+    compiled: Runnable = torch.compile(graph_module, backend=backend, dynamic=True, fullgraph=True)
+
+    def runnable(*arguments: Any) -> Any:
+        # Whether an argument is a view of something would be part of what is compiled for.
+        return compiled(
+            *[a if not isinstance(a, Tensor) or a.requires_grad else a.detach() for a in arguments]
+        )
+
+    return runnable
 
 
 def compile_graph(graph_module: fx.GraphModule, backend: str | Backend) -> Runnable:

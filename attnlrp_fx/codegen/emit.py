@@ -10,7 +10,7 @@ Every size is computed once, from the inputs' sizes, so that no value is kept fo
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from attnlrp_fx.calculus.tape import Channel, Received, Tape
 from attnlrp_fx.calculus.weights import Weighing
 from attnlrp_fx.capture.functionalise import relax_views
+from attnlrp_fx.codegen.derivatives import check_differentiable, exact_derivatives
 from attnlrp_fx.codegen.partition import SEED, Keeping, hoist, split
 from attnlrp_fx.codegen.regions import computed
 from attnlrp_fx.errors import AttnLRPError, RuleError
@@ -105,6 +106,8 @@ class EmitOptions:
     """How many rows a batch has."""
     keep_derived: bool = False
     """Whether what depends on parameters alone is taken out of both sides."""
+    differentiable: bool = False
+    """Whether only ops are traced of which autograd has the exact derivative."""
 
 
 def emit(
@@ -122,7 +125,8 @@ def emit(
         options: how it is traced.
 
     Raises:
-        RuleError: an op cannot be traced, or writes in place.
+        RuleError: an op cannot be traced, or writes in place, or has no derivative where one is
+            asked for.
     """
     graph = graph_module.graph
     placeholders = placeholders_of(graph_module)
@@ -162,7 +166,10 @@ def emit(
         handed = [*results, *found.values(), *weights, *read.latent.values()]
         return [*map(_contiguous, handed), *sums]
 
-    with mode, torch.no_grad():
+    with ExitStack() as stack:
+        stack.enter_context(mode)
+        stack.enter_context(torch.no_grad())
+        table = stack.enter_context(exact_derivatives()) if options.differentiable else {}
         fakes = {
             # One tensor under two names is two inputs: another region has two tensors there.
             name: fresh(mode.from_tensor(value, static_shapes=True)).to(options.device)
@@ -172,7 +179,7 @@ def emit(
         given = [_on(outputs[p.place].meta["val"], options.device, p.dtype) for p in seeds]
         try:
             with torch.fx.traceback.preserve_node_meta():
-                traced = make_fx(program, tracing_mode="symbolic")(fakes, inputs, given)
+                traced = make_fx(program, table, tracing_mode="symbolic")(fakes, inputs, given)
         except AttnLRPError:
             raise
         except Exception as error:
@@ -181,8 +188,10 @@ def emit(
     called += [("input", name) for name in names]
     called += [("seed", f"{SEED}{i}") for i in range(len(seeds))]
     _name_inputs(traced, called)
-    _clean(traced)
+    _clean(traced, options.differentiable)
     _check_pure(traced)
+    if options.differentiable:
+        check_differentiable(traced, {node.name: node for node in graph.nodes})
     rest, derived = hoist(traced) if options.keep_derived else (traced, None)
     forward, relevance = split(rest, len(outputs), options.keeping)
     places = {node.name: i for i, node in enumerate(computed(graph))}
@@ -255,9 +264,15 @@ def _name_inputs(program: fx.GraphModule, called: Sequence[tuple[str, str]]) -> 
         node.meta |= {"name": name, "part": part}
 
 
-def _clean(program: fx.GraphModule) -> None:
-    """Drop detaches and what is dead; nobody differentiates the program by its detaches."""
+def _clean(program: fx.GraphModule, differentiable: bool = False) -> None:
+    """Drop what is dead, and detaches; where it matters, the model's own stay.
+
+    A node that carries no relevance is run as it is; what rules make of others is annotated.
+    """
     for node in list(program.graph.nodes):
+        is_rules = "from" in (node.meta.get("custom") or {})
+        if is_op(node, "detach") and differentiable and not is_rules:
+            continue
         if is_op(node, "detach", "alias", "lift_fresh_copy"):
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)

@@ -8,7 +8,7 @@ A slot is emptied after the step that reads it last.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,11 +52,11 @@ class Read:
 
     relevance: dict[str, Tensor]
     """By explained input."""
-    sums: dict[str, Tensor]
+    sums: dict[str, Tensor] = field(default_factory=dict)
     """By node of the rewritten graph, empty unless audited."""
-    weights: dict[str, Weight]
+    weights: dict[str, Weight] = field(default_factory=dict)
     """By parameter, empty unless asked for."""
-    latent: dict[str, Tensor]
+    latent: dict[str, Tensor] = field(default_factory=dict)
     """By marker in the rewritten graph: relevance of the latent values that it reaches."""
 
 

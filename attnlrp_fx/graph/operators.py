@@ -203,18 +203,17 @@ _KINDS: dict[Any, Kind] = {
     **dict.fromkeys(_packets(REDUCTIONS), Kind.REDUCTION),
     **dict.fromkeys(_packets(SELECTIONS), Kind.SELECTION),
     **dict.fromkeys(_packets(ELEMENTWISE_SELECTIONS), Kind.SELECTION),
-    ops.latent: Kind.LINEAR,
-    ops.intervened: Kind.LINEAR,
+    **dict.fromkeys(ops.LATENT, Kind.LINEAR),
 }
 _PARTLY_LINEAR = {getattr(aten, name): linear for name, linear in PARTLY_LINEAR.items()}
 _SUMS = _packets(SUMS)
-_SHAPE_ONLY = _packets(SHAPE_ONLY)
+_SHAPE_ONLY = _packets(SHAPE_ONLY) | {ops.reconstruction_error}
 SHAPE_LENT = {"expand_as": 1, "view_as": 1, "reshape_as": 1, "type_as": 1, "copy": 0}
 """Ops that read shape or dtype alone off one argument, and which."""
 _ELEMENTWISE = _packets(ACTIVATIONS + ELEMENTWISE_LINEAR + ELEMENTWISE_SELECTIONS)
 _ELEMENTWISE_SELECTIONS = _packets(ELEMENTWISE_SELECTIONS)
-_STRUCTURAL = _packets(VIEWS + CASTS) | {ops.latent}
-_REARRANGEMENTS = _packets(VIEWS + CASTS + REARRANGEMENTS) | {ops.latent}
+_STRUCTURAL = _packets(VIEWS + CASTS) | {*ops.LATENT}
+_REARRANGEMENTS = _packets(VIEWS + CASTS + REARRANGEMENTS) | {*ops.LATENT}
 _MATRIX_PRODUCTS = frozenset(_PRODUCTS) - _packets(["mul", "addcmul"])
 _CASTS = _packets(CASTS)
 

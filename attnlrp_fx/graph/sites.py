@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 UNITS = ("head", "expert", "slot", "neuron", "channel", "feature")
 """The dimensions that can hold units; the first that a value has does."""
@@ -29,13 +29,28 @@ class Site:
     """One of the roles that `latent=[...]` takes, or "module", "input" or "node"."""
     dims: tuple[str, ...]
     """The meaning of each dimension."""
-    units: int
-    """How many units it has: of chosen experts, all that there are."""
+    units: int | None
+    """How many units it has (of chosen experts, all that there are); None: it depends on sizes."""
 
     @property
     def unit(self) -> int:
         """The dimension of the units."""
         return next(self.dims.index(name) for name in UNITS if name in self.dims)
+
+
+@dataclass(frozen=True, eq=False)
+class SAE:
+    """A sparse autoencoder, whose features are to be latent values.
+
+    Its module has methods `encode(values) → features` and `decode(features) → values`; the last
+    dimension is the model's features, and the autoencoder's. The site of its features is named
+    `at`, ":" and `name`, that of its error `at` and ":error".
+    """
+
+    module: nn.Module
+    at: str
+    """The value that it reads: a module, node or role as in `latent=[...]`."""
+    name: str = "sae"
 
 
 @dataclass(frozen=True)

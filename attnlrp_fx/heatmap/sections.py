@@ -135,16 +135,20 @@ class Gallery:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One row of the batch under several targets, by name: a table with a line a target.
+    """One row of the batch under several targets or at several layers, by name: a line each.
 
     The sections have the same tokens. All lines of a table share one scale.
     """
 
     names: tuple[str, ...]
     sections: tuple[Section, ...]
+    title: str | None = None
+    """What stands above it; None: how many targets there are."""
 
     @property
     def heading(self) -> str:
+        if self.title is not None:
+            return self.title
         return replace(self.sections[0], title=f"{len(self.sections)} targets").heading
 
     @property

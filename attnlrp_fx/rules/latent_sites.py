@@ -8,8 +8,10 @@
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.graph.calls import calls_of, given, gives, path_of, taken
@@ -135,10 +137,10 @@ class _Finder:
     def _found(self, value: fx.Node, name: str, role: str, playing: Playing | None = None) -> Found:
         known = LatentRole(role) if role in set(LatentRole) else None
         dims = dims_of(value, known, self.explained)
-        site = Site(name, str(role), dims, 0)
+        site = Site(name, str(role), dims, None)
         slots = playing is not None and playing.chosen is not None
         units = playing.experts if slots and playing else value.meta["val"].shape[site.unit]
-        site = Site(name, str(role), dims, int(units))
+        site = replace(site, units=int(units) if is_concrete_int(units) else None)
         return Found(site, value, chosen=playing.chosen if playing else None)
 
     def _unknown(self, pattern: str, wanted: str) -> InputError:

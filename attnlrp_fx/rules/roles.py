@@ -90,7 +90,7 @@ def _reads_source(node: fx.Node, explained: Set[fx.Node]) -> bool:
     while value.target is not ops.source:
         inputs = [leaf for leaf in leaves((value.args, value.kwargs)) if leaf in explained]
         is_affine = is_elementwise(value) and kind_of(value, explained) is Kind.LINEAR
-        if len(inputs) != 1 or not (is_affine or _moves(value)):
+        if len(inputs) != 1 or not (is_affine or rearranges(value.target)):
             return False
         value = inputs[0]
     return True
@@ -120,7 +120,7 @@ def _of_factors(node: fx.Node, explained: Set[fx.Node]) -> Iterator[tuple[fx.Nod
 
 def _producer(node: fx.Node, explained: Set[fx.Node]) -> fx.Node:
     """The node that computed a value, views and casts skipped."""
-    while is_structural(node) or node.target is ops.intervened:
+    while is_structural(node):
         inputs = [leaf for leaf in leaves(node.args) if leaf in explained]
         if len(inputs) != 1:
             return node
@@ -166,10 +166,5 @@ def _layers_behind(node: fx.Node, layers: Set[fx.Node]) -> Iterator[fx.Node]:
     for user in node.users:
         if user in layers:
             yield user
-        elif _moves(user):
+        elif rearranges(user.target):
             yield from _layers_behind(user, layers)
-
-
-def _moves(node: fx.Node) -> bool:
-    """Whether a node only moves a value about, interventions apart."""
-    return rearranges(node.target) or node.target is ops.intervened

@@ -1,6 +1,6 @@
 """The explainable graph module: one compiled program, many explanations."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
@@ -15,24 +15,27 @@ from attnlrp_fx.calculus.masking import Masked
 from attnlrp_fx.capture.capture import Captured, flat_inputs
 from attnlrp_fx.codegen.attributes import Attributes
 from attnlrp_fx.codegen.cost import Cost, schedule_cost
-from attnlrp_fx.codegen.programs import Compiled, ProgramOptions, Programs
+from attnlrp_fx.codegen.programs import Compiled, ProgramOptions, Programs, Served
 from attnlrp_fx.codegen.report import Report
 from attnlrp_fx.codegen.rewriting import Rewriting, rewrite
 from attnlrp_fx.codegen.schedule import Read, Values
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.graph.operators import outputs_of
 from attnlrp_fx.heatmap import Normalisation
+from attnlrp_fx.neurons import Neuron
 from attnlrp_fx.passes import PassContext
 from attnlrp_fx.passes.slice_targets import POSITIONS
 from attnlrp_fx.rules.composites import Composite, composite_named
 from attnlrp_fx.runtime.batching import Targets
 from attnlrp_fx.runtime.checks import InputChecks, find_non_finite
+from attnlrp_fx.runtime.editing import Conditions, Editing, Interventions
 from attnlrp_fx.runtime.explanation import Explanation
 from attnlrp_fx.runtime.explanations import Explanations
 from attnlrp_fx.runtime.generation import explain_generation
 from attnlrp_fx.runtime.labels import Labels
 from attnlrp_fx.runtime.latent import latent_outputs, read_latents
 from attnlrp_fx.runtime.mapping import Mapped, map_dataset
+from attnlrp_fx.runtime.modes import computing, not_traced
 from attnlrp_fx.runtime.seeding import Seeds, entering, kinds_of, seeds_of
 from attnlrp_fx.runtime.weight_relevance import Sums, Weighed, WeightRelevance, weight_relevance
 from attnlrp_fx.targets import (
@@ -73,6 +76,8 @@ class _Forward:
     given: dict[str, Tensor]
     flat: list[Any]
     """The flat outputs."""
+    seen: Outputs
+    """The outputs as targets see them."""
     values: Values
     """The slots, with what relevance needs."""
 
@@ -144,14 +149,19 @@ class ExplainableGraphModule(nn.Module):
         self._options = options
         self._target = options.target or as_target(None)
         self._attributes = Attributes(model, rewritten)
-        self._checks = InputChecks(rewritten, captured.constants, (POSITIONS,))
+        self._editing = Editing(rewritten)
+        own = (POSITIONS, *self._editing.names)
+        self._checks = InputChecks(rewritten, captured.constants, own)
         self._programs = Programs(
             rewritten, captured, self._attributes, options.programs, self._report.compilations
         )
         self._latent = latent_outputs(rewritten, bool(rewriting.context.sliced))
+        self._places = {one.site.name: (one.index, one.site) for one in self._latent}
         self._siblings: list[ExplainableGraphModule] = []
         self._seeded: dict[Any, tuple[int, ...]] = {}
-        self.eval()
+        self.training = (
+            False  # the explained model is the one in evaluation mode, however it is set
+        )
 
     @property
     def captured(self) -> fx.GraphModule:
@@ -181,11 +191,14 @@ class ExplainableGraphModule(nn.Module):
         """What each pass did, each rule's count, ops that fell through, what was compiled."""
         return self._report
 
+    @not_traced  # checks read values, and the programs are compiled already
     def forward(
         self,
         *args: Any,
         target: TargetsLike = None,
         check_finite: bool = False,
+        conditions: Conditions | None = None,
+        interventions: Interventions | None = None,
         **inputs: Any,
     ) -> Explanation | Explanations:
         """Explain a batch.
@@ -198,6 +211,9 @@ class ExplainableGraphModule(nn.Module):
                 list, or by an index or position (batch, M), share one forward pass.
             check_finite: look for NaN and infinity in inputs, outputs and relevance, and name the
                 first node where one arises.
+            conditions: by name of an editable latent value, the units whose relevance alone it
+                hands on, or a `Keep`.
+            interventions: by name of an editable latent value, `Ablate`, `Scale` or `Clamp`.
             **inputs: the model's inputs by name, with the dtypes it was compiled with; batch and
                 sequence of any size.
 
@@ -219,12 +235,14 @@ class ExplainableGraphModule(nn.Module):
         targets, are_several = targets_of(target, self._target)
         given = self._given(args, inputs)
         if not self._slices(targets):
-            return self._whole()(given, target=target, check_finite=check_finite)  # type: ignore[no-any-return]
-        with torch.inference_mode(False), torch.no_grad():
+            edits = {"conditions": conditions, "interventions": interventions}
+            return self._whole()(given, target=target, check_finite=check_finite, **edits)  # type: ignore[no-any-return]
+        given |= self._edits(given, conditions, interventions)
+        with computing(self._options.programs.differentiable):
             found, forward = self._explain(targets, given, given)
         asked = _at_the_only_position(targets) if self._sliced else targets
         for one in asked if check_finite else ():
-            seeds = self._seed(one, forward.flat, forward.given)[1]
+            seeds = self._seed(one, forward)[1]
             whole = {i: dense(seed, forward.flat[i]) for i, seed in seeds.items()}
             find_non_finite(self.rewritten, self._attributes.values(device), forward.given, whole)
         return Explanations(tuple(found)) if are_several else found[0]
@@ -238,9 +256,10 @@ class ExplainableGraphModule(nn.Module):
         """Explain a batch, or a prefix of it, for several targets; see `Explains`."""
         given = self._given((inputs,), {})
         shown = given if whole is None else dict(self._given((whole,), {}))
-        with torch.inference_mode(False), torch.no_grad():
+        given = given | self._edits(given)
+        with computing():
             found, forward = self._explain(targets, given, shown)
-        scores = default_scores(self._outputs(forward.flat, given))
+        scores = default_scores(forward.seen)
         return Explanations(tuple(found)), scores
 
     def explain_generation(
@@ -406,11 +425,12 @@ class ExplainableGraphModule(nn.Module):
         if not self._options.programs.weights:
             return self._weighing.weigh(inputs, target, rows, sums)
         given = self._given((inputs,), {})
+        given |= self._edits(given)
         wanted = self._target if target is None else target
         with torch.inference_mode(False), torch.no_grad():
             forward = self._forward_for([wanted], kinds_of([wanted]), given)
             made, values = forward.compiled.schedule, forward.values
-            _, seeds = self._seed(wanted, forward.flat, forward.given)
+            _, seeds = self._seed(wanted, forward)
             arriving = entering(made, seeds, forward.flat, forward.attributes)
             for seed in arriving:
                 seed[rows:] = 0
@@ -471,15 +491,16 @@ class ExplainableGraphModule(nn.Module):
                     remedy=f"choose from: {', '.join(sorted(map(str, sources)))}",
                 )
         moved = device if device != self._programs.captured_device else None
-        with torch.no_grad():
+        with computing():
             attributes = self._attributes.values(device)
-            flat = Masked(self.rewritten, keep or {}, attributes, moved).run(*given.values())
+            run = Masked(self.rewritten, keep or {}, attributes, moved).run
+            flat = run(*given.values(), *self._edits(given).values())
             wanted = self._target if target is None else as_target(target)
             return wanted.choose(self._outputs(flat, given)).value
 
     def prepare(self) -> "ExplainableGraphModule":
         """Compile the program of the default target now rather than at the first call."""
-        self._programs.compile(self._default_seeds(), self._attributes.device())
+        self._programs.example(self._default_seeds(), self._attributes.device())
         return self
 
     def with_composite(self, composite: str | Composite) -> "ExplainableGraphModule":
@@ -542,13 +563,14 @@ class ExplainableGraphModule(nn.Module):
         given = dict(zip(self._checks.examples, values, strict=True))
         if self._sliced:
             given[POSITIONS] = values[0].new_empty(len(values[0]), dtype=torch.int64)
+        given |= {name: edit.to("meta") for name, edit in self._edits(given).items()}
         seeded, own = self._default_seeds(), self._attributes.device()
         wanted = own if device is None else torch.device(device)
         same = wanted == own
         found = (
-            self._programs.compile(seeded, own).schedule
+            self._programs.example(seeded, own).schedule
             if same
-            else self._programs.planned(seeded, wanted)[0]
+            else self._programs.planned(Served(seeded, wanted))[0]
         )
         return schedule_cost(found, given)
 
@@ -565,10 +587,10 @@ class ExplainableGraphModule(nn.Module):
             filled = {**given, POSITIONS: self._positions(targets[0], given)}
             asked = _at_the_only_position(targets)
         forward = self._forward_for(asked, kinds, filled)
+        whole = {name: whole[name] for name in self._checks.examples}
         shown = _Shown.of(whole, self._options.labels)
-        last = len(asked) - 1
         try:
-            found = [self._explain_one(forward, t, shown, i == last) for i, t in enumerate(asked)]
+            found = list(self._explanations(forward, asked, shown))
         except _OtherOutputs:  # a function of the outputs may read others each time
             del self._seeded[kinds], forward
             return self._explain(targets, given, whole)
@@ -581,11 +603,30 @@ class ExplainableGraphModule(nn.Module):
         seeded = self._seeded.get(kinds) or self._default_seeds()
         forward = self._run_forward(seeded, given)
         if kinds not in self._seeded:
-            read = {i for target in targets for i in self._seed(target, forward.flat, given)[1]}
+            read = {i for target in targets for i in self._seed(target, forward)[1]}
             self._seeded[kinds] = seeded if read <= set(seeded) else tuple(sorted(read))
             if self._seeded[kinds] != seeded:
                 forward = self._run_forward(self._seeded[kinds], given)
         return forward
+
+    def _edits(
+        self,
+        given: Mapping[str, Tensor],
+        conditions: Conditions | None = None,
+        interventions: Interventions | None = None,
+    ) -> dict[str, Tensor]:
+        """The inputs that edit latent values, for inputs of some sizes."""
+        sizes, device = self._sizes(given), self._attributes.device()
+        batch = len(next(iter(given.values())))
+        return self._editing.given(sizes, device, batch, conditions, interventions)
+
+    def _sizes(self, given: Mapping[str, Tensor]) -> dict[str, int]:
+        """The size of each symbol."""
+        return {
+            str(expected): size
+            for name, example in self._checks.examples.items()
+            for expected, size in zip(example.shape, given[name].shape, strict=True)
+        }
 
     @property
     def _sliced(self) -> tuple[int, ...]:
@@ -611,11 +652,7 @@ class ExplainableGraphModule(nn.Module):
 
     def _positions(self, target: Target, given: Mapping[str, Tensor]) -> Tensor:
         """Each row's position, found before anything is computed."""
-        sizes = {
-            str(expected): size
-            for name, example in self._checks.examples.items()
-            for expected, size in zip(example.shape, given[name].shape, strict=True)
-        }
+        sizes = self._sizes(given)
         wanted = outputs_of(self.captured.graph)[self._sliced[0]].meta["val"].shape
         shape = [int(typical_size(size, 1, sizes)) for size in wanted]
         names = self._convention.output_names
@@ -627,40 +664,57 @@ class ExplainableGraphModule(nn.Module):
 
     def _run_forward(self, seeded: tuple[int, ...], given: dict[str, Tensor]) -> _Forward:
         device = self._attributes.device()
-        compiled = self._programs.compile(seeded, device)
         attributes = self._attributes.values(device)
+        compiled = self._programs.serving(seeded, device, given, attributes)
         self._attributes.check_dtypes(attributes)
         values = compiled.start(attributes, given)
         flat = compiled.schedule.run_forward(values, compiled.run)
-        return _Forward(compiled, attributes, given, flat, values)
+        return _Forward(compiled, attributes, given, flat, self._outputs(flat, given), values)
 
-    def _explain_one(
-        self, forward: _Forward, target: Target, shown: "_Shown", last: bool
+    def _explanations(
+        self, forward: _Forward, targets: Sequence[Target], shown: "_Shown"
+    ) -> Iterator[Explanation]:
+        """Each target's explanation; the last leaves nothing for another."""
+        made, reverse = forward.compiled.schedule, forward.compiled.reverse
+        step = reverse.at_a_time(forward.values, len(targets))
+        for first in range(0, len(targets), step):
+            some = targets[first : first + step]
+            chosen = [self._seed(target, forward) for target in some]
+            if any(not seeds.keys() <= made.seeded.keys() for _, seeds in chosen):
+                raise _OtherOutputs
+            arriving = [entering(made, s, forward.flat, forward.attributes) for _, s in chosen]
+            is_last = first + step >= len(targets)
+            values = forward.values if is_last else forward.values.copy()
+            reads = reverse.run(values, arriving, forward.compiled.run)
+            for target, (value, seeds), read in zip(some, chosen, reads, strict=True):
+                yield self._explanation(forward, target, value, seeds, read, shown)
+
+    def _explanation(
+        self,
+        forward: _Forward,
+        target: Target,
+        chosen: Chosen,
+        seeds: Seeds,
+        read: Read,
+        shown: "_Shown",
     ) -> Explanation:
-        """One target's explanation; the last one's leaves nothing for another."""
-        made, flat = forward.compiled.schedule, forward.flat
-        chosen, seeds = self._seed(target, flat, forward.given)
-        if not seeds.keys() <= made.seeded.keys():
-            raise _OtherOutputs
-        values = forward.values if last else forward.values.copy()
-        arriving = entering(made, seeds, flat, forward.attributes)
-        read = made.run_relevance(values, arriving, forward.compiled.run)
+        """What was read for one target, with all that an explanation shows."""
+        options, flat = self._options, forward.flat
         names = [name for name in shown.inputs if name in read.relevance]
         classes, is_token = self._classes(flat, seeds)
+        audit = options.programs.audit
         return Explanation(
             relevance={n: _padded(read.relevance[n], shown.inputs[n]) for n in names},
-            outputs=self._outputs(flat, forward.given).tree,
-            target_value=chosen.value.detach(),
+            outputs=forward.seen.tree,
+            target_value=chosen.value if torch.is_grad_enabled() else chosen.value.detach(),
             target=str(target),
             inputs=shown.inputs,
             tokens=shown.tokens(names),
-            mask=self._options.labels.masks(shown.inputs, names),
-            ledger=self._ledger(read, chosen, flat, seeds)
-            if self._options.programs.audit
-            else None,
-            labels=self._options.labels.of_index(chosen.index, classes, is_token),
+            mask=options.labels.masks(shown.inputs, names),
+            ledger=self._ledger(read, chosen, flat, seeds) if audit else None,
+            labels=options.labels.of_index(chosen.index, classes, is_token),
             target_index=chosen.index,
-            normalisation=self._options.normalisation,
+            normalisation=options.normalisation,
             latent=read_latents(
                 self._latent, flat, read.latent, len(chosen.value), forward.given.get(POSITIONS)
             ),
@@ -682,31 +736,41 @@ class ExplainableGraphModule(nn.Module):
             inputs = {**dict(zip(names, args, strict=False)), **inputs}
         return flat_inputs(inputs)
 
-    def _seed(
-        self, target: Target, flat: Sequence[Any], given: Mapping[str, Tensor]
-    ) -> tuple[Chosen, Seeds]:
+    def _seed(self, target: Target, forward: _Forward) -> tuple[Chosen, Seeds]:
         """The target, and its gradient with respect to each output that it reads."""
-        return seeds_of(target, self.rewritten, self._convention, flat, given)
+        flat, given, seen = forward.flat, forward.given, forward.seen
+        convention, places = self._convention, self._places
+        return seeds_of(target, self.rewritten, convention, flat, given, places, seen)
 
     def _outputs(self, flat: Sequence[Any], given: Mapping[str, Tensor]) -> Outputs:
         """The flat outputs as a target sees them."""
-        return outputs_as_seen(self._convention, flat, given)
+        return outputs_as_seen(self._convention, flat, given, self._places)
 
     def _default_seeds(self) -> tuple[int, ...]:
         """The outputs that the default target reads, found on the example's outputs."""
         kind = kinds_of([self._target])
         if kind not in self._seeded:
             example = self._convention.example
-            with torch.no_grad():
-                flat = self.captured(*example.values())
-            self._seeded[kind] = tuple(sorted(self._seed(self._target, flat, example)[1]))
+            with computing():
+                flat = self._example_outputs(example)
+            found = seeds_of(
+                self._target, self.rewritten, self._convention, flat, example, self._places
+            )
+            self._seeded[kind] = tuple(sorted(found[1]))
         return self._seeded[kind]
+
+    def _example_outputs(self, example: Mapping[str, Tensor]) -> list[Any]:
+        """The flat outputs for the example; with latent values, where the target is one."""
+        if not isinstance(self._target, Neuron):
+            return list(self.captured(*example.values()))
+        return list(self.rewritten(*example.values(), *self._edits(example).values()))
 
     def _classes(self, flat: Sequence[Any], seeded: Iterable[int]) -> tuple[int, bool]:
         """How many classes the explained output has, and whether they are tokens."""
         output = flat[next(iter(seeded))]
         return output.shape[-1], output.dim() == 3 or output.shape[-1] > 1000
 
+    @torch.no_grad()
     def _ledger(self, read: Read, chosen: Chosen, flat: Sequence[Tensor], seeds: Seeds) -> Ledger:
         # As the reverse pass meets them: from the target to the inputs.
         nodes = [node for node in reversed(self.rewritten.graph.nodes) if node.name in read.sums]

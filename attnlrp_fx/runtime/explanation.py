@@ -27,7 +27,9 @@ from attnlrp_fx import heatmap
 from attnlrp_fx.errors import InputError, MissingExtraError
 from attnlrp_fx.files import write_atomically
 from attnlrp_fx.heatmap.spelling import Spelling, spelling_of
+from attnlrp_fx.runtime.flow import Flow, flow_of
 from attnlrp_fx.runtime.latent import Latents
+from attnlrp_fx.runtime.units import UnitRelevance, top_units
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped, unused-ignore]
@@ -131,6 +133,15 @@ class Explanation:
             and not given.is_meta
         )
 
+    def detach(self) -> Explanation:
+        """The same without gradients, to keep while training goes on."""
+        return replace(
+            self,
+            relevance={name: value.detach() for name, value in self.relevance.items()},
+            outputs=pytree.tree_map_only(Tensor, Tensor.detach, self.outputs),
+            target_value=self.target_value.detach(),
+        )
+
     def row(self, index: int, lengths: Mapping[str, int] | None = None) -> Explanation:
         """One row as an explanation of its own, without the padding on its right.
 
@@ -225,6 +236,40 @@ class Explanation:
             ]
             rows.append(sorted(found, key=lambda entry: -abs(entry.relevance))[:k])
         return rows
+
+    def top_neurons(self, k: int, each_position: bool = False) -> list[list[UnitRelevance]]:
+        """The ``k`` neurons of each row with the largest |relevance|, of all layers together.
+
+        Args:
+            k: how many.
+            each_position: whether a neuron counts at every position by itself, or summed.
+
+        Raises:
+            InputError: ``k`` is less than 1, or there are no neurons among the latent values.
+        """
+        return top_units(self.latent.of_unit("neuron"), k, each_position)
+
+    def top_heads(self, k: int, each_position: bool = False) -> list[list[UnitRelevance]]:
+        """The same of attention heads; `latent=["attention.heads"]`."""
+        return top_units(self.latent.of_role("attention.heads"), k, each_position)
+
+    def top_experts(self, k: int, each_position: bool = False) -> list[list[UnitRelevance]]:
+        """The same of experts; `latent=["experts"]`."""
+        return top_units(self.latent.of_role("experts"), k, each_position)
+
+    def flow(self, role: str | None = None) -> Flow:
+        """Relevance by layer and token: a line a latent value, a column a token.
+
+        Args:
+            role: which latent values; None: the residual stream, or all if it was not asked for.
+
+        Raises:
+            InputError: no latent value has the positions of a token input.
+        """
+        chosen = self.latent.of_role(role or "residual")
+        every = list(self.latent.values()) if role is None else []
+        lengths = {n: r.shape[1] for n, r in self.relevance.items() if self._is_tokens(n)}
+        return flow_of(self.sections()[: len(self)], lengths, chosen or every)
 
     def to_dict(self) -> dict[str, Any]:
         """The explanation as lists, strings and floats; ``outputs`` and the ledger are left out.

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from attnlrp_fx.errors import InputError
-from attnlrp_fx.graph.operators import outputs_of
 from attnlrp_fx.graph.sites import Site, near
-from attnlrp_fx.passes.mark_latents import CHOSEN, SITE, markers_of
+from attnlrp_fx.passes.mark_latents import SITE, markers_of
+from attnlrp_fx.passes.return_latents import RETURNED
 
 POSITIONS = ("position", "query")
 """Dimensions that are places of a sequence or of an image."""
@@ -187,15 +187,13 @@ class LatentOutput:
 
 def latent_outputs(rewritten: fx.GraphModule, sliced: bool) -> tuple[LatentOutput, ...]:
     """The latent values that a rewritten graph returns."""
-    outputs = outputs_of(rewritten.graph)
     found = []
     for marker in markers_of(rewritten.graph).values():
-        site, chosen = marker.meta[SITE], marker.meta[CHOSEN]
+        site, (index, chosen) = marker.meta[SITE], marker.meta[RETURNED]
         sizes = marker.meta["val"].shape
         places = [sizes[d] for d, name in enumerate(site.dims) if name in POSITIONS]
         one = sliced and any(isinstance(size, int) and size == 1 for size in places)
-        at = None if chosen is None else outputs.index(chosen)
-        found.append(LatentOutput(site, marker.name, outputs.index(marker), at, one))
+        found.append(LatentOutput(site, marker.name, index, chosen, one))
     return tuple(found)
 
 
@@ -227,7 +225,7 @@ def read_latents(
                 dims=one.site.dims,
                 activation=activation,
                 relevance=torch.zeros_like(activation, dtype=wide) if reached is None else reached,
-                units=one.site.units,
+                units=one.site.units or activation.shape[one.site.unit],
                 batch=batch,
                 positions=positions[:, None] if one.is_sliced and positions is not None else None,
                 chosen=None if one.chosen is None else flat[one.chosen],

@@ -1,9 +1,9 @@
 """Explain a whole data set: batches of nearly equal lengths in, one explanation a sample out.
 
 Nothing differs from explaining one sample at a time, to rounding: rows are padded only where that
-changes nothing (see `attnlrp_fx.runtime.batching`), and what was added is cut off again. Results come in
-the order of the data set. Memory holds a window of samples, or two, and what was explained of one
-before its turn came.
+changes nothing (see `attnlrp_fx.runtime.batching`), and what was added is cut off again. Results
+come in the order of the data set. Memory holds a window of samples, or two, and what was explained
+of one before its turn came.
 """
 
 import time
@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -205,7 +206,8 @@ class _Explained:
 
     def _rows(self, batch: Batch) -> list[Explanation]:
         """The explanation of each sample of a batch."""
-        explanation: Explanation = self.loaded.run(batch, self.explainer)
+        with torch.no_grad():
+            explanation: Explanation = self.loaded.run(batch, self.explainer)
         whole = explanation.outputs
         explanation = _in_main_memory(replace(explanation, outputs=None))
         rows = [explanation.row(i, lengths) for i, lengths in enumerate(batch.lengths)]

@@ -15,7 +15,17 @@ from attnlrp_fx.codegen.heads import head_of
 from attnlrp_fx.codegen.schedule import Schedule
 from attnlrp_fx.errors import TargetError
 from attnlrp_fx.graph.operators import outputs_of
-from attnlrp_fx.targets import Chosen, Convention, Seed, Target, dense, outputs_as_seen
+from attnlrp_fx.neurons import LATENT
+from attnlrp_fx.targets import (
+    Chosen,
+    Convention,
+    LatentPlaces,
+    Outputs,
+    Seed,
+    Target,
+    dense,
+    outputs_as_seen,
+)
 
 Seeds = dict[int, "list[Seed] | Tensor"]
 """By flat output a target's gradient: a list of `Seed`, or a tensor of the output's shape."""
@@ -27,6 +37,8 @@ def seeds_of(
     convention: Convention,
     flat: Sequence[Any],
     given: Mapping[str, Tensor],
+    latent: LatentPlaces | None = None,
+    seen: Outputs | None = None,
 ) -> tuple[Chosen, Seeds]:
     """The target, and its gradient with respect to each output that it reads.
 
@@ -36,15 +48,18 @@ def seeds_of(
         convention: what is known of its outputs.
         flat: the flat outputs.
         given: the inputs.
+        latent: where latent values are among the flat outputs.
+        seen: the outputs as targets see them, if that is known.
 
     Raises:
         TargetError: it reads none, or one that nothing explained leads to.
     """
-    chosen = target.choose(outputs_as_seen(convention, flat, given))
-    names = convention.output_names
+    chosen = target.choose(seen or outputs_as_seen(convention, flat, given, latent))
+    places = {name: i for i, name in enumerate(convention.output_names)}
+    places |= {LATENT + name: i for name, (i, _) in (latent or {}).items()}
     seeds: Seeds = {}
     for seed in chosen.seeds:
-        some = seeds.setdefault(names.index(seed.output), [])
+        some = seeds.setdefault(places[seed.output], [])
         assert isinstance(some, list)
         some.append(seed)
     if not seeds:
@@ -53,7 +68,7 @@ def seeds_of(
     for i in seeds:
         if not ops.is_explained(outputs[i]):
             raise TargetError(
-                f"output '{names[i]}' does not depend on what is explained",
+                f"output '{convention.output_names[i]}' does not depend on what is explained",
                 remedy="choose another output, or explain other inputs",
             )
     return chosen, seeds
@@ -62,12 +77,17 @@ def seeds_of(
 def _differentiated(
     target: Target, convention: Convention, flat: Sequence[Any], given: Mapping[str, Tensor]
 ) -> tuple[Chosen, Seeds]:
-    """A target that does not know its own gradient, and its gradient."""
+    """A target that does not know its own gradient, and its gradient.
+
+    With gradients, the target's own stays a function of the outputs.
+    """
+    is_differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         watched = list(flat)
         floating = [i for i, v in enumerate(flat) if _is_floating(v)]
         for i in floating:
-            watched[i] = flat[i].detach().requires_grad_()
+            if not (is_differentiable and flat[i].requires_grad):
+                watched[i] = flat[i].detach().requires_grad_()
         chosen = target.choose(outputs_as_seen(convention, watched, given))
         if not chosen.value.requires_grad:
             raise TargetError(
@@ -76,7 +96,9 @@ def _differentiated(
                 remedy="compute it from them, without detaching",
             )
         leaves = [watched[i] for i in floating]
-        found = torch.autograd.grad(chosen.value.sum(), leaves, allow_unused=True)
+        found = torch.autograd.grad(
+            chosen.value.sum(), leaves, allow_unused=True, create_graph=is_differentiable
+        )
     return chosen, {i: s for i, s in zip(floating, found, strict=True) if s is not None}
 
 
@@ -102,7 +124,7 @@ def kinds_of(targets: Sequence[Target]) -> tuple[Any, ...]:
 def _kind(target: Target) -> tuple[Any, ...]:
     return (
         type(target),
-        getattr(target, "output", None),
+        getattr(target, "output", getattr(target, "site", None)),
         getattr(target, "index", None) is None,
         getattr(target, "function", None),
     )

@@ -366,7 +366,8 @@ def test_linear_ops_are_not_raised() -> None:
 def test_the_gradient_of_a_factor_is_true() -> None:
     """Relevance is differentiable: no detached part, no NaN from the branch not taken."""
     x = torch.tensor([-3.0, -1e-3, 0.0, 1e-3, 3.0], dtype=torch.float64, requires_grad=True)
-    for name in ("sigmoid", "silu", "gelu", "tanh", "exp", "softplus"):
+    divided = ("tanh", "sin", "erf", "expm1", "atan", "elu")
+    for name in ("sigmoid", "silu", "gelu", "exp", "softplus", *divided):
         op = getattr(aten, name).default
 
         def factor(x: Tensor, op: Any = op) -> Tensor:
@@ -376,5 +377,26 @@ def test_the_gradient_of_a_factor_is_true() -> None:
         step = 1e-4
         with torch.no_grad():
             numeric = (factor(x + step) - factor(x - step)) / (2 * step)
-        where = x.detach() != 0 if name == "tanh" else torch.ones(5, dtype=torch.bool)
+        where = x.detach() != 0 if name == "elu" else torch.ones(5, dtype=torch.bool)  # a kink
         torch.testing.assert_close(gradient[where], numeric[where], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["tanh", "sin", "erf", "expm1", "log1p", "atan"])
+def test_the_gradient_of_a_factor_near_zero(name: str) -> None:
+    """Right to rounding in float32, where the derivative of f(x)/x would cancel."""
+    op = getattr(aten, name).default
+
+    def slope(x: Tensor) -> Tensor:
+        x = x.requires_grad_()
+        return torch.autograd.grad(quotient(op, op, (x,), {}, x)[1]().sum(), x)[0]
+
+    small = torch.tensor([-0.3, -1e-2, -1e-5, 0.0, 1e-7, 1e-4, 3e-2, 5e-2])
+    assert_close = torch.testing.assert_close
+    assert_close(slope(small), slope(small.double().detach()).float(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_gradient_of_a_root_is_finite_at_zero() -> None:
+    x = torch.tensor([0.0, 4.0], requires_grad=True)
+    factor = quotient(aten.sqrt.default, aten.sqrt.default, (x,), {}, x)[1]()
+    (gradient,) = torch.autograd.grad(factor.sum(), x)
+    assert gradient.tolist() == [0.0, -0.0625]
