@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from attnlrp_fx.runtime.weight_relevance import WeightRelevance
     from attnlrp_fx.statistics.collect import latent_statistics
     from attnlrp_fx.statistics.report import LatentStatistics
+    from attnlrp_fx.statistics.shards import PartialStatistics, merge_statistics
     from attnlrp_fx.targets import Contrast, Logit, LogProb
 
 __version__ = "0.1.0"
@@ -110,6 +111,7 @@ __all__ = [
     "ModelNotFoundError",
     "Neuron",
     "NonFiniteError",
+    "PartialStatistics",
     "Pass",
     "PassError",
     "Perturbation",
@@ -132,6 +134,7 @@ __all__ = [
     "explain_generation",
     "explain_image",
     "latent_statistics",
+    "merge_statistics",
     "perturbation_curves",
     "tune",
 ]
@@ -167,6 +170,7 @@ _HOMES = {
     "runtime.weight_relevance": ("WeightRelevance",),
     "statistics.collect": ("latent_statistics",),
     "statistics.report": ("LatentStatistics",),
+    "statistics.shards": ("PartialStatistics", "merge_statistics"),
     "rules.rules": (
         "AlphaBeta",
         "Attention",

@@ -110,11 +110,14 @@ def latent_statistics(
             parts = [store.load(goal / store.checkpoint_name(r, world))[0] for r in range(world)]
             finish(goal, merged(parts), explainer._options.labels.tokenizer)
         _wait(world)
+    if rank == 0:
+        for r in range(world):
+            (goal / store.checkpoint_name(r, world)).unlink(missing_ok=True)
     return LatentStatistics.open(goal)
 
 
 def finish(directory: Path, statistics: Statistics, tokenizer: Any = None) -> None:
-    """Write the results of a run, and remove its checkpoints.
+    """Write the results of a run.
 
     Raises:
         InputError: there is nothing to write.
@@ -124,8 +127,6 @@ def finish(directory: Path, statistics: Statistics, tokenizer: Any = None) -> No
     vocabulary = _vocabulary(statistics, tokenizer)
     store.write_tables(directory, statistics, vocabulary)
     store.save(directory / store.RESULT, statistics, vocabulary=vocabulary)
-    for checkpoint in directory.glob("part-*-of-*.safetensors"):
-        checkpoint.unlink()
 
 
 def _collect(

@@ -229,17 +229,18 @@ class SiteStatistics:
         if rows.real is not None and bool(rows.real.all()):
             rows = rows._replace(real=None)
         real = None if rows.real is None else rows.real.to(device)
+        wide = torch.promote_types(tables["activation"].dtype, torch.float32)
         for kind, table in tables.items():
             # Of padding the activation is whatever it is.
             seen = table if real is None else table.masked_fill(~real[..., None], 0)
             highest = table if real is None else table.masked_fill(~real[..., None], -torch.inf)
-            by_row = seen.sum(1).double().cpu()
+            by_row = seen.sum(1, dtype=wide).double().cpu()
             most = highest.amax(1).double().cpu()
             self.sums[kind] += by_row.sum(0)
-            self.absolutes[kind] += seen.abs().sum(1).double().cpu().sum(0)
+            self.absolutes[kind] += seen.abs().sum(1, dtype=wide).double().cpu().sum(0)
             self.maxima[kind] = torch.maximum(self.maxima[kind], most.amax(0))
             if kind == "activation":
-                self.active += seen.sign().abs().sum(1).long().sum(0).cpu()
+                self.active += seen.sign().abs().sum(1, dtype=wide).long().sum(0).cpu()
             self._rank(kind, most if kind == "activation" else by_row, table, rows)
 
     def _rank(self, kind: str, scores: Tensor, table: Tensor, rows: Rows) -> None:

@@ -226,6 +226,7 @@ def test_killed_while_a_file_is_written(
         codes.append(process.exitcode)
     assert codes.count(-signal.SIGKILL) >= 8
     assert codes[-1] == 0
+    assert not list((tmp_path / "run").glob("part-*"))
     assert result(tmp_path / "run") == result(whole)
 
 
