@@ -309,21 +309,20 @@ def _site(found: "LatentStatistics", wanted: str) -> str:
 def _print_largest(found: "LatentStatistics", count: int) -> None:
     """The most relevant units as a table."""
     table = Table(title=str(found), title_justify="left", box=None)
-    for name in ("site", "unit"):
-        table.add_column(name, overflow="fold")
-    for name in ("index", "|relevance|", "relevance", "activation", "active, %", "top sample"):
+    table.add_column("unit", no_wrap=True)
+    for name in ("|relevance|", "relevance", "activation", "active", "top sample"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("site", overflow="fold")
     for unit in found.largest(count):
         top = unit.top["relevance"]
         table.add_row(
-            unit.site,
-            unit.unit,
-            str(unit.index),
+            f"{unit.unit} {unit.index}",
             f"{unit.mean_absolute['relevance']:.3g}",
             f"{unit.mean['relevance']:.3g}",
             f"{unit.mean['activation']:.3g}",
-            f"{100 * unit.active / unit.count:.3g}",
+            f"{unit.active / unit.count:.0%}",
             str(top[0].sample) if top else "",
+            unit.site,
         )
     Console(highlight=False).print(table)
 
