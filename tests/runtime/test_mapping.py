@@ -24,7 +24,7 @@ from attnlrp_fx import (
     TargetError,
 )
 from attnlrp_fx.loading import load
-from attnlrp_fx.runtime import mapping
+from attnlrp_fx.runtime import loader
 from attnlrp_fx.runtime.batching import Batcher, Layout
 from attnlrp_fx.runtime.mapping import Mapped, map_dataset
 
@@ -445,7 +445,7 @@ def test_a_fixed_length_is_padded_to() -> None:
 def test_a_bar_on_a_terminal_and_two_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(
-        mapping, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=100)
+        loader, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=100)
     )
     pairs = zip(
         map_dataset(sentiment(), TEXTS), map_dataset(sentiment(), TEXTS, target=0), strict=True
