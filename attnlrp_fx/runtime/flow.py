@@ -1,8 +1,8 @@
 """Relevance flow: what each layer holds of the relevance, at every position.
 
 A line a latent value, from the model's first to its last, a column a token: the relevance of the
-value there, summed over its units. Of the residual stream, a line is a complete cut of an encoder or a
-decoder alone: it adds up to the target's value, but for what is absorbed behind it.
+value there, summed over its units. Of the residual stream, a line is a complete cut of an encoder
+or a decoder alone: it adds up to the target's value, but for what is absorbed behind it.
 """
 
 from __future__ import annotations
@@ -119,7 +119,16 @@ def _matrices(
             for table in lines.values()
         ]
         if tables:
-            yield heatmap.Matrix(tuple(lines), tuple(tables), section.heading)
+            yield heatmap.Matrix(_shortened([*lines]), tuple(tables), section.heading)
+
+
+def _shortened(names: Sequence[str]) -> tuple[str, ...]:
+    """Names without the modules that all of them are in."""
+    paths = [name.split(".") for name in names]
+    shared = 0
+    while all(len(path) > shared + 1 for path in paths) and len({p[shared] for p in paths}) == 1:
+        shared += 1
+    return tuple(".".join(path[shared:]) for path in paths)
 
 
 def _line(strip: heatmap.TokenStrip, table: Tensor) -> heatmap.TokenStrip:
