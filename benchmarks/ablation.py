@@ -113,9 +113,7 @@ def interval(values: Tensor, resamples: int) -> tuple[float, float, float]:
     return float(values.mean()), low, high
 
 
-def summary(
-    falls: Mapping[tuple[str, int], list[float]], resamples: int
-) -> list[dict[str, Any]]:
+def summary(falls: Mapping[tuple[str, int], list[float]], resamples: int) -> list[dict[str, Any]]:
     """A row a method and k."""
     rows = []
     for (method, k), values in falls.items():
