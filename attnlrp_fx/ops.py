@@ -6,8 +6,9 @@ A rewritten graph is the model's graph in which every explained node says which 
     mul  = ops.uniform(aten.mul.Tensor, silu, up)
 
 Each relevance op *is* the op that it wraps, so a rewritten graph runs and returns the model's
-outputs; what differs is how `attnlrp_fx.calculus.pullbacks` takes a coefficient through it. Keyword-only
-arguments are the rule's parameters. `source`, `boundary`, `latent` and `statistic` are markers.
+outputs; what differs is how `attnlrp_fx.calculus.pullbacks` takes a coefficient through it.
+Keyword-only arguments are the rule's parameters. `source`, `boundary`, `latent` and `statistic` are
+markers.
 """
 
 import operator

@@ -1,10 +1,10 @@
 """What latent relevance costs: all neurons of all layers beside the plain explanation.
 
-    python benchmarks/latent.py                              # the 8-layer llama of explain.py
+    python benchmarks/latent.py                              # the 8-layer llama of speed.py
     python benchmarks/latent.py --tokens 64 --layers 2 --rounds 3 --backends eager
 
-Both programs are timed in one process, taking turns; ratios are of medians. Each explains the highest
-logit at the last position, with the vocabulary projection at that position alone.
+Both programs are timed in one process, taking turns; ratios are of medians. Each explains the
+highest logit at the last position, with the vocabulary projection at that position alone.
 """
 
 import json
@@ -16,9 +16,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from explain import llama, text
 from rich.console import Console
 from rich.table import Table
+from speed import llama, text
 from timing import medians
 
 import attnlrp_fx

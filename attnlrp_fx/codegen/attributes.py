@@ -35,8 +35,10 @@ class Attributes:
 
     def device(self) -> torch.device:
         """Where the model is: the device of its first tensor."""
-        tensors = [*self.values().values()]
-        return tensors[0].device if tensors else torch.device("cpu")
+        for owner in self._owners.values():
+            device: torch.device = getattr(*owner).device
+            return device
+        return next((c.device for c in self._constants.values()), torch.device("cpu"))
 
     def values(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """Every tensor by name, constants on the given device."""

@@ -2,8 +2,8 @@
 
 A rule is a frozen dataclass. Its fields are its options, `kinds` says which kinds of op it can
 stand at, `op` is the relevance op that it rewrites a node to, and `absorbs` says, in the words
-of the ledger, why relevance may end there. The formulas are in `attnlrp_fx.calculus.pullbacks`, those of
-the rules for layers in `attnlrp_fx.calculus.contributions`.
+of the ledger, why relevance may end there. The formulas are in `attnlrp_fx.calculus.pullbacks`,
+those of the rules for layers in `attnlrp_fx.calculus.contributions`.
 
 The rules for layers (`Gamma`, `AlphaBeta`, `ZPlus`, `WSquare`, `Flat`, `ZBox`) look at weights:
 they stand where one explained input meets parameters in a matrix product or a convolution. With

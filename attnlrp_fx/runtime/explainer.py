@@ -1,6 +1,6 @@
 """The explainable graph module: one compiled program, many explanations."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -15,7 +15,7 @@ from attnlrp_fx.calculus.masking import Masked
 from attnlrp_fx.capture.capture import Captured, flat_inputs
 from attnlrp_fx.codegen.attributes import Attributes
 from attnlrp_fx.codegen.cost import Cost, schedule_cost
-from attnlrp_fx.codegen.programs import Compiled, ProgramOptions, Programs
+from attnlrp_fx.codegen.programs import Compiled, ProgramOptions, Programs, Served
 from attnlrp_fx.codegen.report import Report
 from attnlrp_fx.codegen.rewriting import Rewriting, rewrite
 from attnlrp_fx.codegen.schedule import Read, Values
@@ -74,6 +74,8 @@ class _Forward:
     given: dict[str, Tensor]
     flat: list[Any]
     """The flat outputs."""
+    seen: Outputs
+    """The outputs as targets see them."""
     values: Values
     """The slots, with what relevance needs."""
 
@@ -152,6 +154,7 @@ class ExplainableGraphModule(nn.Module):
             rewritten, captured, self._attributes, options.programs, self._report.compilations
         )
         self._latent = latent_outputs(rewritten, bool(rewriting.context.sliced))
+        self._places = {one.site.name: (one.index, one.site) for one in self._latent}
         self._siblings: list[ExplainableGraphModule] = []
         self._seeded: dict[Any, tuple[int, ...]] = {}
         self.eval()
@@ -234,7 +237,7 @@ class ExplainableGraphModule(nn.Module):
             found, forward = self._explain(targets, given, given)
         asked = _at_the_only_position(targets) if self._sliced else targets
         for one in asked if check_finite else ():
-            seeds = self._seed(one, forward.flat, forward.given)[1]
+            seeds = self._seed(one, forward)[1]
             whole = {i: dense(seed, forward.flat[i]) for i, seed in seeds.items()}
             find_non_finite(self.rewritten, self._attributes.values(device), forward.given, whole)
         return Explanations(tuple(found)) if are_several else found[0]
@@ -251,7 +254,7 @@ class ExplainableGraphModule(nn.Module):
         given = given | self._edits(given)
         with torch.inference_mode(False), torch.no_grad():
             found, forward = self._explain(targets, given, shown)
-        scores = default_scores(self._outputs(forward.flat, given))
+        scores = default_scores(forward.seen)
         return Explanations(tuple(found)), scores
 
     def explain_generation(
@@ -397,11 +400,11 @@ class ExplainableGraphModule(nn.Module):
             run = Masked(self.rewritten, keep or {}, attributes, moved).run
             flat = run(*given.values(), *self._edits(given).values())
             wanted = self._target if target is None else as_target(target)
-            return self._seed(wanted, flat, given)[0].value
+            return wanted.choose(self._outputs(flat, given)).value
 
     def prepare(self) -> "ExplainableGraphModule":
         """Compile the program of the default target now rather than at the first call."""
-        self._programs.compile(self._default_seeds(), self._attributes.device())
+        self._programs.example(self._default_seeds(), self._attributes.device())
         return self
 
     def with_composite(self, composite: str | Composite) -> "ExplainableGraphModule":
@@ -469,9 +472,9 @@ class ExplainableGraphModule(nn.Module):
         wanted = own if device is None else torch.device(device)
         same = wanted == own
         found = (
-            self._programs.compile(seeded, own).schedule
+            self._programs.example(seeded, own).schedule
             if same
-            else self._programs.planned(seeded, wanted)[0]
+            else self._programs.planned(Served(seeded, wanted))[0]
         )
         return schedule_cost(found, given)
 
@@ -490,15 +493,14 @@ class ExplainableGraphModule(nn.Module):
         seeded = self._seeded.get(kinds) or self._default_seeds()
         forward = self._run_forward(seeded, filled)
         if kinds not in self._seeded:
-            read = {i for target in asked for i in self._seed(target, forward.flat, filled)[1]}
+            read = {i for target in asked for i in self._seed(target, forward)[1]}
             self._seeded[kinds] = seeded if read <= set(seeded) else tuple(sorted(read))
             if self._seeded[kinds] != seeded:
                 forward = self._run_forward(self._seeded[kinds], filled)
         whole = {name: whole[name] for name in self._checks.examples}
         shown = _Shown.of(whole, self._options.labels)
-        last = len(asked) - 1
         try:
-            found = [self._explain_one(forward, t, shown, i == last) for i, t in enumerate(asked)]
+            found = list(self._explanations(forward, asked, shown))
         except _OtherOutputs:  # a function of the outputs may read others each time
             del self._seeded[kinds], forward
             return self._explain(targets, given, whole)
@@ -559,40 +561,57 @@ class ExplainableGraphModule(nn.Module):
 
     def _run_forward(self, seeded: tuple[int, ...], given: dict[str, Tensor]) -> _Forward:
         device = self._attributes.device()
-        compiled = self._programs.compile(seeded, device)
         attributes = self._attributes.values(device)
+        compiled = self._programs.serving(seeded, device, given, attributes)
         self._attributes.check_dtypes(attributes)
         values = compiled.start(attributes, given)
         flat = compiled.schedule.run_forward(values, compiled.run)
-        return _Forward(compiled, attributes, given, flat, values)
+        return _Forward(compiled, attributes, given, flat, self._outputs(flat, given), values)
 
-    def _explain_one(
-        self, forward: _Forward, target: Target, shown: "_Shown", last: bool
+    def _explanations(
+        self, forward: _Forward, targets: Sequence[Target], shown: "_Shown"
+    ) -> Iterator[Explanation]:
+        """Each target's explanation; the last leaves nothing for another."""
+        made, reverse = forward.compiled.schedule, forward.compiled.reverse
+        step = reverse.at_a_time(forward.values, len(targets))
+        for first in range(0, len(targets), step):
+            some = targets[first : first + step]
+            chosen = [self._seed(target, forward) for target in some]
+            if any(not seeds.keys() <= made.seeded.keys() for _, seeds in chosen):
+                raise _OtherOutputs
+            arriving = [entering(made, s, forward.flat, forward.attributes) for _, s in chosen]
+            is_last = first + step >= len(targets)
+            values = forward.values if is_last else forward.values.copy()
+            reads = reverse.run(values, arriving, forward.compiled.run)
+            for target, (value, seeds), read in zip(some, chosen, reads, strict=True):
+                yield self._explanation(forward, target, value, seeds, read, shown)
+
+    def _explanation(
+        self,
+        forward: _Forward,
+        target: Target,
+        chosen: Chosen,
+        seeds: Seeds,
+        read: Read,
+        shown: "_Shown",
     ) -> Explanation:
-        """One target's explanation; the last one's leaves nothing for another."""
-        made, flat = forward.compiled.schedule, forward.flat
-        chosen, seeds = self._seed(target, flat, forward.given)
-        if not seeds.keys() <= made.seeded.keys():
-            raise _OtherOutputs
-        values = forward.values if last else forward.values.copy()
-        arriving = entering(made, seeds, flat, forward.attributes)
-        read = made.run_relevance(values, arriving, forward.compiled.run)
+        """What was read for one target, with all that an explanation shows."""
+        options, flat = self._options, forward.flat
         names = [name for name in shown.inputs if name in read.relevance]
         classes, is_token = self._classes(flat, seeds)
+        audit = options.programs.audit
         return Explanation(
             relevance={n: _padded(read.relevance[n], shown.inputs[n]) for n in names},
-            outputs=self._outputs(flat, forward.given).tree,
+            outputs=forward.seen.tree,
             target_value=chosen.value.detach(),
             target=str(target),
             inputs=shown.inputs,
             tokens=shown.tokens(names),
-            mask=self._options.labels.masks(shown.inputs, names),
-            ledger=self._ledger(read, chosen, flat, seeds)
-            if self._options.programs.audit
-            else None,
-            labels=self._options.labels.of_index(chosen.index, classes, is_token),
+            mask=options.labels.masks(shown.inputs, names),
+            ledger=self._ledger(read, chosen, flat, seeds) if audit else None,
+            labels=options.labels.of_index(chosen.index, classes, is_token),
             target_index=chosen.index,
-            normalisation=self._options.normalisation,
+            normalisation=options.normalisation,
             latent=read_latents(
                 self._latent, flat, read.latent, len(chosen.value), forward.given.get(POSITIONS)
             ),
@@ -614,16 +633,15 @@ class ExplainableGraphModule(nn.Module):
             inputs = {**dict(zip(names, args, strict=False)), **inputs}
         return flat_inputs(inputs)
 
-    def _seed(
-        self, target: Target, flat: Sequence[Any], given: Mapping[str, Tensor]
-    ) -> tuple[Chosen, Seeds]:
+    def _seed(self, target: Target, forward: _Forward) -> tuple[Chosen, Seeds]:
         """The target, and its gradient with respect to each output that it reads."""
-        places = {one.site.name: (one.index, one.site) for one in self._latent}
-        return seeds_of(target, self.rewritten, self._convention, flat, given, places)
+        flat, given, seen = forward.flat, forward.given, forward.seen
+        convention, places = self._convention, self._places
+        return seeds_of(target, self.rewritten, convention, flat, given, places, seen)
 
     def _outputs(self, flat: Sequence[Any], given: Mapping[str, Tensor]) -> Outputs:
         """The flat outputs as a target sees them."""
-        return outputs_as_seen(self._convention, flat, given)
+        return outputs_as_seen(self._convention, flat, given, self._places)
 
     def _default_seeds(self) -> tuple[int, ...]:
         """The outputs that the default target reads, found on the example's outputs."""
@@ -632,7 +650,10 @@ class ExplainableGraphModule(nn.Module):
             example = self._convention.example
             with torch.no_grad():
                 flat = self._example_outputs(example)
-            self._seeded[kind] = tuple(sorted(self._seed(self._target, flat, example)[1]))
+            found = seeds_of(
+                self._target, self.rewritten, self._convention, flat, example, self._places
+            )
+            self._seeded[kind] = tuple(sorted(found[1]))
         return self._seeded[kind]
 
     def _example_outputs(self, example: Mapping[str, Tensor]) -> list[Any]:

@@ -1,9 +1,9 @@
 """Explain a whole data set: batches of nearly equal lengths in, one explanation a sample out.
 
 Nothing differs from explaining one sample at a time, to rounding: rows are padded only where that
-changes nothing (see `attnlrp_fx.runtime.batching`), and what was added is cut off again. Results come in
-the order of the data set. Memory holds a window of samples, or two, and what was explained of one
-before its turn came.
+changes nothing (see `attnlrp_fx.runtime.batching`), and what was added is cut off again. Results
+come in the order of the data set. Memory holds a window of samples, or two, and what was explained
+of one before its turn came.
 """
 
 import os

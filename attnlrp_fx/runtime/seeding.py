@@ -20,6 +20,7 @@ from attnlrp_fx.targets import (
     Chosen,
     Convention,
     LatentPlaces,
+    Outputs,
     Seed,
     Target,
     dense,
@@ -37,6 +38,7 @@ def seeds_of(
     flat: Sequence[Any],
     given: Mapping[str, Tensor],
     latent: LatentPlaces | None = None,
+    seen: Outputs | None = None,
 ) -> tuple[Chosen, Seeds]:
     """The target, and its gradient with respect to each output that it reads.
 
@@ -47,11 +49,12 @@ def seeds_of(
         flat: the flat outputs.
         given: the inputs.
         latent: where latent values are among the flat outputs.
+        seen: the outputs as targets see them, if that is known.
 
     Raises:
         TargetError: it reads none, or one that nothing explained leads to.
     """
-    chosen = target.choose(outputs_as_seen(convention, flat, given, latent))
+    chosen = target.choose(seen or outputs_as_seen(convention, flat, given, latent))
     places = {name: i for i, name in enumerate(convention.output_names)}
     places |= {LATENT + name: i for name, (i, _) in (latent or {}).items()}
     seeds: Seeds = {}
