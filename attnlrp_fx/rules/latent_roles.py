@@ -156,11 +156,8 @@ class LatentRoles:
         return Role.WEIGHTS in self._roles.get(node, ()) and _rank(node) == 4
 
     def _weights(self) -> Iterator[Playing]:
-        """The weights themselves, or the fused attention that is to be written out for them."""
         for node in self.explained:
-            if kind_of(node, self.explained) is Kind.ATTENTION and _rank(node) == 4:
-                yield Playing(node)
-            elif is_matrix_product(node.target):
+            if is_matrix_product(node.target):
                 for factor in factors_of(node):
                     if factor in self.explained and self._is_weights(factor):
                         yield Playing(factor)
