@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attnlrp_fx.calculus.ledger import Ledger
+    from attnlrp_fx.inspection.ledger import Ledger
     from attnlrp_fx.compiler import compile, explain, explain_generation, explain_image
     from attnlrp_fx.errors import (
         AttnLRPError,
@@ -137,7 +137,7 @@ _HOMES = {
     "runtime.explanations": ("Explanations",),
     "evaluate.faithfulness": ("Curves", "Perturbation", "perturbation_curves"),
     "heatmap.display": ("Display",),
-    "calculus.ledger": ("Ledger",),
+    "inspection.ledger": ("Ledger",),
     "runtime.mapping": ("Mapped", "Throughput"),
     "rules.rules": (
         "AlphaBeta",

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from attnlrp_fx.calculus.tape import Tape
+from attnlrp_fx.calculus.tape import Reading, Tape
 from attnlrp_fx.capture.capture import capture
+from attnlrp_fx.inspection.ledger import Book
 from attnlrp_fx.passes import PassContext, run_passes
 from attnlrp_fx.rules.composites import Composite, composite_named
 
@@ -80,8 +81,19 @@ def explain(
     seeded = rewritten.graph.output_node().args[0][0]  # type: ignore[index]
     with torch.no_grad():
         reading = tape.reverse({seeded: coefficient}, audit=True)  # type: ignore[dict-item]
-    absorbed = {name: float(sums[2]) for name, sums in reading.sums.items()}
+    seed = float((outputs[0] * coefficient).sum())
+    absorbed = {name: kept for name, (*_, kept) in sums_of(rewritten, reading, seed).items()}
     return Explained(outputs, reading.relevance, coefficient, absorbed)
+
+
+def sums_of(
+    rewritten: fx.GraphModule, reading: Reading, seed: float
+) -> dict[str, tuple[float, float, float]]:
+    """What each node received, passed on and absorbed, of a tape seeded at the first output."""
+    seeded = rewritten.graph.output_node().args[0][0].name  # type: ignore[index,union-attr]
+    postings = {key: float(value) for key, value in reading.postings.items()}
+    ledger = Book(rewritten.graph).read(postings, target=seed, seeded={seeded: seed}, inputs={})
+    return {e.node: (e.received, e.passed, e.absorbed) for e in ledger.entries[:-1]}
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -70,8 +70,8 @@ class Layer:
 
     def divided(
         self, relevance: Tensor, total: Tensor, kept: Tensor | float
-    ) -> tuple[Tensor, Tensor]:
-        """a = R / (t + ε sign t), and what of R is absorbed.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """a = R / (t + ε sign t), and what of R is absorbed: by the bias, by ε, by what is zero.
 
         Where t is 0, a is R: whatever weights it meets add up to nothing.
         """
@@ -79,8 +79,12 @@ class Layer:
         total = total + epsilon
         nothing = total == 0
         a = relevance / torch.where(nothing, 1, total)
-        absorbed = torch.where(nothing, relevance, a * (kept + epsilon))
-        return a, absorbed.sum(dtype=torch.float64)
+        absorbed = {"zero": _sum(torch.where(nothing, relevance, 0))}
+        if isinstance(kept, Tensor):
+            absorbed["bias"] = _sum(torch.where(nothing, 0, a * kept))
+        if isinstance(epsilon, Tensor):
+            absorbed["epsilon"] = _sum(torch.where(nothing, 0, a * epsilon))
+        return a, absorbed
 
 
 def layer_of(call: Call) -> Layer:
@@ -103,6 +107,11 @@ def layer_of(call: Call) -> Layer:
         output=call.function(x),
         epsilon=epsilon,
     )
+
+
+def _sum(relevance: Tensor) -> Tensor:
+    """A sum in float32 or better."""
+    return relevance.sum(dtype=torch.promote_types(relevance.dtype, torch.float32))
 
 
 def _only(pulled: Sequence[Tensor | None]) -> Tensor:
@@ -210,7 +219,10 @@ def alpha_beta(call: Call) -> tuple[Tensor, Explicit]:
             for share, total, transposed, kept in parts
         ]
         coefficient: Any = sum(transposed(a) for transposed, a, _ in shared)
-        return Shares([coefficient], absorbed=torch.stack([lost for *_, lost in shared]).sum())
+        absorbed: dict[str, Tensor] = {}
+        for cause, lost in (item for *_, found in shared for item in found.items()):
+            absorbed[cause] = absorbed[cause] + lost if cause in absorbed else lost
+        return Shares([coefficient], absorbed=absorbed)
 
     return layer.output, Explicit(pulled)
 
@@ -300,8 +312,8 @@ def join(call: Call) -> tuple[Tensor, Explicit]:
         total = a.abs() + b.abs()
         nothing = total == 0
         share = torch.where(nothing, 0, relevance / torch.where(nothing, 1, total))
-        lost = torch.where(nothing, relevance, 0).sum(dtype=torch.float64)
-        return Shares([a.sign() * share, b.sign() * share], absorbed=lost)
+        lost = _sum(torch.where(nothing, relevance, 0))
+        return Shares([a.sign() * share, b.sign() * share], absorbed={"zero": lost})
 
     return call.function(a, b), Explicit(pulled)
 

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from attnlrp_fx import ops
 from attnlrp_fx.calculus.calls import Call, Explicit, Pullback, Shares, parts_of
-from attnlrp_fx.calculus.ledger import node_sums, shared_sums
+from attnlrp_fx.calculus.postings import TOKENS_MOVED, Account, Postings, postings_of, total
 from attnlrp_fx.calculus.pullbacks import PULLBACKS
 from attnlrp_fx.calculus.relevance import factored, relevance_of
 from attnlrp_fx.graph.operators import is_elementwise_op, is_op, leaves, product_of, rearranges
@@ -57,8 +57,8 @@ class Reading:
 
     relevance: dict[str, Tensor]
     """Per explained placeholder: relevance in the input's shape, float32 or better."""
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    """Per node name: what came in, went out and was absorbed; only when audited."""
+    postings: Postings = field(default_factory=dict)
+    """What nodes passed on and absorbed; only when audited."""
     coefficients: dict[str, Tensor] = field(default_factory=dict)
     """Per placeholder at a boundary: the coefficient that it received."""
     factorless: dict[str, Tensor] = field(default_factory=dict)
@@ -201,11 +201,11 @@ class Tape(Runner):
         Args:
             seeds: coefficient of each seeded node, in the node's shape; or all that nodes have
                 received already.
-            audit: whether to add up what each node receives, passes on and absorbs.
+            audit: whether to add up what each node passes on and absorbs.
 
         Returns:
             The relevance of every explained input, what every boundary received and, if audited,
-            every node's sums.
+            every node's postings.
         """
         received = seeds if isinstance(seeds, Received) else Received(dict(seeds))
         relevance = received.moved
@@ -239,7 +239,7 @@ class Tape(Runner):
         call = self.calls[node]
         c, r = (_whole(part, self.env[node]) for part in received.pop(node))
         self.watch(node, "relevance", r if c is None else c)
-        shares, sums = self._shares(node, c, r)
+        shares, post = self._shares(node, c, r)
         inputs = [leaf for leaf in leaves((node.args[1:], node.kwargs)) if ops.is_explained(leaf)]
         none = [None] * len(inputs)
         coefficients, relevance = shares.coefficients or none, shares.relevance or none
@@ -250,27 +250,27 @@ class Tape(Runner):
             if share is not None:
                 _add(received.relevance, leaf, share)
         if audited is not None:
-            audited.sums[node.name] = sums()
+            audited.postings |= {(node.name, account): sum_ for account, sum_ in post().items()}
 
-    def _shares(self, node: fx.Node, c: Any, r: Any) -> tuple[Shares, Callable[[], Tensor]]:
-        """What a node hands on of its coefficient c and relevance r, and its line in the ledger."""
+    def _shares(
+        self, node: fx.Node, c: Any, r: Any
+    ) -> tuple[Shares, Callable[[], dict[Account, Tensor]]]:
+        """What a node hands on of its coefficient c and relevance r, and its postings."""
         call, output, pullback = self.calls[node], self.env[node], self.pullbacks[node]
         assert callable(node.target)
         if isinstance(pullback, Explicit):
             shares = pullback.share(parts_of(relevance_of(output, c, r))[0])
-            return shares, lambda: shared_sums(call, output, c, r, shares)
-        lost: Tensor | None = None
+            return shares, lambda: postings_of(node, call, output, None, shares)
+        lost: dict[str, Tensor] = {}
         handed: Sequence[Tensor | None] = ()
         if r is not None and (node.target is ops.winner or rearranges(call.op)):
             handed = pullback(r)
         elif r is not None and (node.target is ops.identity or _is_affine(call, output)):
             handed = [r.sum_to_size(call.primals[0].shape)]
         elif r is not None:
-            c, lost = factored(output, c, r)
+            c, lost["zero"] = factored(output, c, r)
         shares = Shares(pullback(c) if c is not None else (), handed, lost)
-        return shares, lambda: node_sums(
-            node.target, call, output, c, shares, r if handed else None
-        )
+        return shares, lambda: postings_of(node, call, output, c, shares, r if handed else None)
 
     def _relevance_of_source(self, node: fx.Node, c: Tensor | None, r: Tensor | None) -> Tensor:
         """R = x·c + r of a source in float32 or better, summed over the features of tokens."""
@@ -299,9 +299,9 @@ class Tape(Runner):
         for leaf, carried in moved:
             _add(relevance, leaf, carried)
         if audit and is_op(node, *MOVES, *FILLS):
-            total = received.sum(dtype=torch.float64)
-            passed = sum((part.sum(dtype=torch.float64) for _, part in moved), start=0 * total)
-            reading.sums[node.name] = torch.stack([total, passed, total - passed])
+            passed = sum(total(carried) for _, carried in moved)
+            reading.postings[node.name, 0] = passed + 0 * total(received)
+            reading.postings[node.name, TOKENS_MOVED] = total(received) - passed
 
 
 @dataclass

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from attnlrp_fx.calculus.postings import Account
 from attnlrp_fx.calculus.tape import Channel, Received, Tape
 from attnlrp_fx.capture.functionalise import relax_views
 from attnlrp_fx.codegen.partition import SEED, Keeping, hoist, split
@@ -38,11 +39,20 @@ class Port(NamedTuple):
     dtype: torch.dtype
 
 
+class Posting(NamedTuple):
+    """What a number says that a traced graph returns for the ledger."""
+
+    place: int
+    """The node that it is of, by its place in the graph."""
+    account: Account
+
+
 @dataclass(frozen=True)
 class Program:
     """A traced graph, whole and split.
 
-    The whole takes (attributes, inputs, seeds) and returns (outputs, what inputs receive, sums).
+    The whole takes (attributes, inputs, seeds) and returns (outputs, what inputs receive,
+    postings).
     """
 
     graph_module: fx.GraphModule
@@ -55,8 +65,8 @@ class Program:
     """How many outputs the graph has."""
     received: tuple[Port, ...]
     """What inputs have received when it ends; of the model's inputs, their relevance."""
-    audited: tuple[int, ...]
-    """The nodes whose sums it returns, by their places in the graph; empty unless audited."""
+    audited: tuple[Posting, ...]
+    """The postings that it returns in one tensor; empty unless audited."""
     rest: fx.GraphModule
     """The whole, without what is derived from attributes alone."""
     forward: fx.GraphModule
@@ -85,7 +95,7 @@ class EmitOptions:
     captured_device: torch.device
     """Where the model was captured; constants created there move along."""
     audit: bool = False
-    """Whether the program also returns the ledger's sums."""
+    """Whether the program also returns the ledger's postings."""
     keeping: Keeping = field(default_factory=Keeping)
     """What the forward side keeps for the relevance side."""
     keep_derived: bool = False
@@ -115,7 +125,8 @@ def emit(
     outputs = outputs_of(graph)
     mode = fake_mode_of(graph_module)
     received: list[Port] = []
-    audited: list[str] = []
+    audited: list[Posting] = []
+    places = {node.name: i for i, node in enumerate(computed(graph))}
     traced_last: list[tuple[fx.Node, str]] = []
 
     def annotate(node: fx.Node, phase: str) -> AbstractContextManager[None]:
@@ -136,10 +147,9 @@ def emit(
             for name, value in values.items()
         }
         received[:] = found
-        audited[:] = read.sums
-        ordered = [read.sums[node.name] for node in computed(graph) if node.name in read.sums]
-        sums = [torch.stack(ordered)] if ordered else []
-        return [*map(_contiguous, [*results, *found.values()]), *sums]
+        audited[:] = [Posting(places[name], account) for name, account in read.postings]
+        postings = [torch.stack(list(read.postings.values()))] if read.postings else []
+        return [*map(_contiguous, [*results, *found.values()]), *postings]
 
     with mode, torch.no_grad():
         fakes = {
@@ -172,7 +182,7 @@ def emit(
         outputs=len(outputs),
         received=tuple(received),
         rest=rest,
-        audited=tuple(i for i, node in enumerate(computed(graph)) if node.name in audited),
+        audited=tuple(audited),
         forward=forward,
         relevance=relevance,
         derived=derived,

@@ -193,8 +193,8 @@ class Programs:
         return given
 
     def _entry(self, output: fx.Node) -> fx.Node:
-        """Where a seed enters: the ledger wants to see the head's part, too."""
-        head = None if self._options.audit else head_of(output)
+        """Where a seed enters."""
+        head = head_of(output)
         return output if head is None else head.projected
 
     def _emit_options(self, device: torch.device) -> EmitOptions:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from attnlrp_fx.calculus.postings import Account
 from attnlrp_fx.calculus.tape import Channel
 from attnlrp_fx.codegen.emit import EmitOptions, Port, Program, emit
 from attnlrp_fx.codegen.partition import SEED, Keeping
@@ -33,8 +34,8 @@ class Step:
     """The slots that it reads, in its placeholders' order."""
     results: tuple[int, ...]
     """The slots for its results."""
-    audited: tuple[str, ...] = ()
-    """The nodes of the rewritten graph whose sums are one result more."""
+    audited: tuple[tuple[str, Account], ...] = ()
+    """The postings of nodes of the rewritten graph that are one result more."""
     emptied: tuple[int, ...] = ()
     """The slots that no later step reads."""
 
@@ -49,7 +50,7 @@ class Read:
 
     relevance: dict[str, Tensor]
     """By explained input."""
-    sums: dict[str, Tensor]
+    postings: dict[tuple[str, Account], float]
     """By node of the rewritten graph, empty unless audited."""
 
 
@@ -133,16 +134,20 @@ class Schedule:
         """
         for slot, seed in zip(self.seeds, seeds, strict=True):
             _add(values, slot, seed)
-        sums: dict[str, Tensor] = {}
+        audited: list[tuple[str, Account]] = []
+        postings: list[Tensor] = []
         for step in self.relevance:
             results = call(step, [values[slot] for slot in step.arguments], values)
             if step.audited:
-                sums.update(zip(step.audited, results[-1], strict=True))
+                audited += step.audited
+                postings.append(results[-1])
             for slot, result in zip(step.results, results, strict=False):
                 _add(values, slot, result)
             for slot in step.emptied:
                 values[slot] = None
-        return Read({name: values[slot] for name, slot in self.explained.items()}, sums)
+        sums = torch.cat(postings).tolist() if postings else []
+        found = dict(zip(audited, sums, strict=True))
+        return Read({name: values[slot] for name, slot in self.explained.items()}, found)
 
 
 def _add(values: Values, slot: int, value: Tensor) -> None:
@@ -275,7 +280,7 @@ class _Place:
     def relevance(self) -> Step:
         graph_module, region = self.program.relevance, self.region
         received = [self.slots.of(p.channel, region.inputs[p.place]) for p in self.program.received]
-        audited = tuple(region.nodes[i].name for i in self.program.audited)
+        audited = tuple((region.nodes[p.place].name, p.account) for p in self.program.audited)
         return Step(graph_module, self._all(graph_module), tuple(received), audited)
 
     def derivation(self) -> Derivation:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from attnlrp_fx import ops
-from attnlrp_fx.calculus.ledger import Ledger, read_ledger
 from attnlrp_fx.calculus.masking import Masked
 from attnlrp_fx.capture.capture import Captured, flat_inputs
 from attnlrp_fx.codegen.attributes import Attributes
@@ -23,6 +22,8 @@ from attnlrp_fx.codegen.schedule import Read, Values
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.graph.operators import outputs_of
 from attnlrp_fx.heatmap import Normalisation
+from attnlrp_fx.inspection.ledger import Book, Ledger
+from attnlrp_fx.inspection.seeded import of_heads, of_outputs
 from attnlrp_fx.passes import PassContext
 from attnlrp_fx.passes.slice_targets import POSITIONS
 from attnlrp_fx.rules.composites import Composite, composite_named
@@ -556,7 +557,7 @@ class ExplainableGraphModule(nn.Module):
             inputs=shown.inputs,
             tokens=shown.tokens(names),
             mask=self._options.labels.masks(shown.inputs, names),
-            ledger=self._ledger(read, chosen, flat, seeds)
+            ledger=self._ledger(read, chosen, forward, seeds)
             if self._options.programs.audit
             else None,
             labels=self._options.labels.of_index(chosen.index, classes, is_token),
@@ -605,19 +606,19 @@ class ExplainableGraphModule(nn.Module):
         output = flat[next(iter(seeded))]
         return output.shape[-1], output.dim() == 3 or output.shape[-1] > 1000
 
-    def _ledger(self, read: Read, chosen: Chosen, flat: Sequence[Tensor], seeds: Seeds) -> Ledger:
-        # As the reverse pass meets them: from the target to the inputs.
-        nodes = [node for node in reversed(self.rewritten.graph.nodes) if node.name in read.sums]
-        sums = [read.sums[node.name] for node in nodes]
-        whole = {i: dense(seed, flat[i]) for i, seed in seeds.items()}
-        seeded = sum(float((flat[i].double() * seed.double()).sum()) for i, seed in whole.items())
-        return read_ledger(
-            nodes,
-            torch.stack(sums) if sums else torch.zeros(0, 3),
+    def _ledger(self, read: Read, chosen: Chosen, forward: _Forward, seeds: Seeds) -> Ledger:
+        entries, flat = forward.compiled.schedule.seeded, forward.flat
+        heads = of_heads(seeds, flat, entries, self.rewritten, forward.attributes)
+        return self._book.read(
+            {**read.postings, **heads},
             target=float(chosen.value.double().sum()),
-            seeded=seeded,
+            seeded=of_outputs(seeds, flat, self.rewritten),
             inputs={name: float(r.double().sum()) for name, r in read.relevance.items()},
         )
+
+    @cached_property
+    def _book(self) -> Book:
+        return Book(self.rewritten.graph)
 
 
 def _at_the_only_position(targets: Sequence[Any]) -> list[Target]:
