@@ -126,7 +126,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, kind: Kind, rule: Rule) -> None:
             op = graph.get_attr(str(node.target))
     node.meta |= {
         "rule": str(rule),
-        "absorbs": rule.absorbs,
+        "formula": rule.formula,
         "kind": kind,
         "op": node.target,
         "constructed_by": node.meta.get("constructed_by", "assign_rules"),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import Explained, explain
+from references import Explained, explain, sums_of
 from torch import Tensor, fx, nn
 from torch.testing import assert_close
 
@@ -410,7 +410,7 @@ def _read(
         (seeded,) = rewritten.graph.output_node().args[0]  # type: ignore[misc]
         reading = tape.reverse({seeded: seed}, audit=True)  # type: ignore[dict-item]
         target = logits[:, 0]
-        return target, reading, ref.sums_of(rewritten, reading, float(target.sum()))
+        return target, reading, sums_of(rewritten, reading, float(target.sum()))
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.1])

@@ -87,6 +87,7 @@ class Runner(fx.Interpreter):
         graph_module: the graph.
         attributes: values for the graph's get_attr nodes, by target; None reads the module's own.
         device: where constants that the graph creates are put; None leaves the captured device.
+        widest: a floating dtype, in place of every narrower one that the graph casts to.
     """
 
     def __init__(
@@ -95,10 +96,12 @@ class Runner(fx.Interpreter):
         attributes: Mapping[str, Any] | None = None,
         device: torch.device | None = None,
         garbage_collect_values: bool = True,
+        widest: torch.dtype | None = None,
     ) -> None:
         super().__init__(graph_module, garbage_collect_values=garbage_collect_values)
         self.attributes = attributes or {}
         self.device = device
+        self.widest = widest
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self.attributes:
@@ -110,12 +113,16 @@ class Runner(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
     def _moved(self, arguments: Any) -> Any:
-        """Arguments with every device that they name replaced by the runner's."""
-        if self.device is None:
+        """Arguments with every device that they name, and narrow dtypes, replaced."""
+        if self.device is None and self.widest is None:
             return arguments
-        return fx.node.map_aggregate(
-            arguments, lambda leaf: self.device if isinstance(leaf, torch.device) else leaf
-        )
+        return fx.node.map_aggregate(arguments, self._replaced)
+
+    def _replaced(self, leaf: Any) -> Any:
+        if isinstance(leaf, torch.device):
+            return self.device or leaf
+        is_narrow = isinstance(leaf, torch.dtype) and leaf.is_floating_point
+        return torch.promote_types(leaf, self.widest) if is_narrow and self.widest else leaf
 
 
 class Tape(Runner):
@@ -127,6 +134,7 @@ class Tape(Runner):
         device: as in `Runner`.
         annotate: context in which a node's ops run, told the node and "forward" or "relevance".
         watch: told each explained node's value and then its coefficient.
+        widest: as in `Runner`.
     """
 
     def __init__(
@@ -136,8 +144,9 @@ class Tape(Runner):
         device: torch.device | None = None,
         annotate: Annotate = _no_annotation,
         watch: Watch = _no_watch,
+        widest: torch.dtype | None = None,
     ) -> None:
-        super().__init__(rewritten, attributes, device, garbage_collect_values=False)
+        super().__init__(rewritten, attributes, device, False, widest)
         self.annotate = annotate
         self.watch = watch
         self.pullbacks: dict[fx.Node, Pullback | Explicit] = {}

@@ -188,8 +188,10 @@ class Ledger:
             return f"the target itself, not linear in the outputs, {verb} {share}"
         if what is not None:
             return f"the {what} of {place or entry.node} {verb} {share}"
-        where = f" in {place}" if place else f" ('{entry.node}')"
-        return f"{CAUSES.get(cause, cause)}{where} {verb} {share}"
+        where = f"in {place}" if place else ""
+        node = f"('{entry.node}')" if cause != "softmax" or not place else ""
+        parts = (CAUSES.get(cause, cause), where, node, verb, share)
+        return " ".join(part for part in parts if part)
 
 
 def _place(module: str) -> str:
@@ -231,6 +233,7 @@ class Book:
 
     def __init__(self, graph: fx.Graph) -> None:
         self._lines: list[_Line] = []
+        self._output = graph.output_node().name
         for node in reversed(graph.nodes):
             is_relevance = node.target in ops.RELEVANCE_OPS
             if is_relevance:
@@ -276,7 +279,7 @@ class Book:
         for (name, account), value in postings.items():
             by_node.setdefault(name, {})[account] = value
         received = dict(seeded)
-        flows: dict[tuple[str, str], float] = {}
+        flows = {(name, self._output): value for name, value in seeded.items()}
         entries = []
         for line in self._lines:
             name = line.node.name

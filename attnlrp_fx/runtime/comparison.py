@@ -13,7 +13,8 @@ from torch import Tensor
 
 from attnlrp_fx import heatmap
 from attnlrp_fx.errors import InputError
-from attnlrp_fx.runtime.explanation import Explanation, write_atomically
+from attnlrp_fx.files import write_atomically
+from attnlrp_fx.runtime.explanation import Explanation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,6 +22,9 @@ from attnlrp_fx.codegen.schedule import Read, Values
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.graph.operators import outputs_of
 from attnlrp_fx.heatmap import Normalisation
+from attnlrp_fx.inspection.audit import Audit, audit
+from attnlrp_fx.inspection.graphs import Graphs
+from attnlrp_fx.inspection.inspectable import Inspectable
 from attnlrp_fx.inspection.ledger import Book, Ledger
 from attnlrp_fx.inspection.seeded import of_heads, of_outputs
 from attnlrp_fx.passes import PassContext
@@ -104,7 +107,7 @@ class _OtherOutputs(Exception):
     """A target reads outputs that the program has no seeds for."""
 
 
-class ExplainableGraphModule(nn.Module):
+class ExplainableGraphModule(Inspectable, nn.Module):
     """A model compiled to explain itself: call it with the model's inputs.
 
     Made by `attnlrp_fx.compile`. Parameters and buffers are the model's own, read at every call:
@@ -171,6 +174,32 @@ class ExplainableGraphModule(nn.Module):
         """
         return self._programs.flat(self._default_seeds(), self._attributes.device())
 
+    def _inspected(self) -> Graphs:
+        context, results = self._rewriting.context, self._rewriting.results
+        name = context.composite.name
+        return Graphs(self.captured, self.rewritten, results, name, lambda: self.program)
+
+    def _audited(
+        self, args: Any, inputs: Any, target: TargetLike, reference: torch.dtype | None
+    ) -> Audit:
+        if self._sliced:
+            return self._whole()._audited(args, inputs, target, reference)
+        device = self._attributes.device()
+        if device.type == "meta":
+            raise _no_values()
+        given = self._given(args, inputs)
+        wanted = self._target if target is None else as_target(target)
+        return audit(
+            self.rewritten,
+            self._attributes.values(device),
+            given,
+            lambda flat, read: self._seed(wanted, flat, read),
+            target=str(wanted),
+            masks=self._options.labels.masks(given, given),
+            device=device if device != self._programs.captured_device else None,
+            reference=reference,
+        )
+
     @property
     def compilations(self) -> int:
         """How many programs have been compiled so far."""
@@ -211,10 +240,7 @@ class ExplainableGraphModule(nn.Module):
         """
         device = self._attributes.device()
         if device.type == "meta" and (check_finite or self._options.programs.audit):
-            raise InputError(
-                "the model is on the meta device: there are no values to add up or to check",
-                remedy='give it values: model.to_empty(device="cpu"), then load_state_dict',
-            )
+            raise _no_values()
         targets, are_several = targets_of(target, self._target)
         given = self._given(args, inputs)
         if not self._slices(targets):
@@ -619,6 +645,13 @@ class ExplainableGraphModule(nn.Module):
     @cached_property
     def _book(self) -> Book:
         return Book(self.rewritten.graph)
+
+
+def _no_values() -> InputError:
+    return InputError(
+        "the model is on the meta device: there are no values to add up or to check",
+        remedy='give it values: model.to_empty(device="cpu"), then load_state_dict',
+    )
 
 
 def _at_the_only_position(targets: Sequence[Any]) -> list[Target]:

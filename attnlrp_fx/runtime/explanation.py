@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from attnlrp_fx import heatmap
 from attnlrp_fx.errors import InputError, MissingExtraError
+from attnlrp_fx.files import write_atomically
 from attnlrp_fx.heatmap.spelling import Spelling, spelling_of
 
 if TYPE_CHECKING:
@@ -476,21 +475,3 @@ def _value_dict(grid: heatmap.Grid) -> dict[str, Any]:
         "shape": list(values.shape),
         "relevance": _plain(values.tolist()),
     }
-
-
-def write_atomically(path: str | Path, text: str) -> None:
-    """Write beside ``path`` and rename: readers see the old file or the new one, never a part.
-
-    The temporary file is opened by name, not by `tempfile`, so that it gets the permissions that
-    any new file of the user's gets.
-    """
-    goal = Path(path).resolve()
-    draft = goal.with_name(f".{goal.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(draft, "x", encoding="utf-8", errors="replace", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, goal)
-    finally:
-        draft.unlink(missing_ok=True)
