@@ -13,7 +13,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attnlrp_fx.inspection.ledger import Ledger
     from attnlrp_fx.compiler import compile, explain, explain_generation, explain_image
     from attnlrp_fx.errors import (
         AttnLRPError,
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from attnlrp_fx.evaluate.faithfulness import Curves, Perturbation, perturbation_curves
     from attnlrp_fx.evaluate.tuning import tune
     from attnlrp_fx.heatmap.display import Display
+    from attnlrp_fx.inspection.ledger import Ledger
     from attnlrp_fx.rules.composites import COMPOSITES, Composite, Match, epsilon_gamma_box
     from attnlrp_fx.rules.rules import (
         AlphaBeta,

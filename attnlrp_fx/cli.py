@@ -6,31 +6,19 @@ Exit codes: 0 done, 1 an error of ours (one line: what, why, what to do), 2 wron
 PyTorch is imported where it is needed, so that `--help` answers at once.
 """
 
-import atexit
-import gc
-import os
-import traceback
-import uuid
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from attnlrp_fx import __version__
-from attnlrp_fx.errors import (
-    AttnLRPError,
-    CaptureError,
-    InputError,
-    PassError,
-    RuleError,
-)
+from attnlrp_fx.commands import check_writable, no_collection, one_line_errors, stages
+from attnlrp_fx.errors import InputError
+from attnlrp_fx.files import write_atomically
+from attnlrp_fx.inspect_command import inspect
 from attnlrp_fx.loading import DTYPES, EMBEDDED, IMAGES, TASKS, load, quiet, task_of
 from attnlrp_fx.questions import check_images, check_texts, inputs_of, target_of
 
@@ -47,9 +35,6 @@ app = typer.Typer(
 )
 
 FIGURES = (".png", ".svg", ".pdf")
-
-_ABOUT_THE_MODEL = (CaptureError, RuleError, PassError)
-"""Errors whose place in the model is half of the message."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -241,12 +226,12 @@ def explain(
     attnlrp-fx explain --model ./my-model --target " Paris" "The capital of France is"
     attnlrp-fx explain --task image-classification digit.png --figure why.png
     """
-    with _one_line_errors(debug), _no_collection():
+    with one_line_errors(debug), no_collection():
         check_texts(given)
         if task == IMAGES:
             check_images(given)
         for path in (html, json, figure):
-            _check_writable(path)
+            check_writable(path)
         if figure is not None and figure.suffix.lower() not in FIGURES:
             raise InputError(
                 f"'{figure}' is no format for a picture",
@@ -257,7 +242,7 @@ def explain(
                 "--smooth has no picture to smooth",
                 remedy="add --html or --figure, or leave it out",
             )
-        with _stages(quietly) as stage:
+        with stages(quietly) as stage:
             stage("importing PyTorch")
             from attnlrp_fx.codegen.backends import backend_named
             from attnlrp_fx.compiler import compile
@@ -307,7 +292,7 @@ def composites(
     debug: Annotated[bool, typer.Option("--debug", help="Print an error's traceback.")] = False,
 ) -> None:
     """List the composites: which rule stands at which op. The first entry that fits decides."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from attnlrp_fx.rules.composites import COMPOSITES
 
         console = Console(highlight=False)
@@ -322,24 +307,7 @@ def composites(
             console.print()
 
 
-# What is written
-
-
-def _check_writable(path: Path | None) -> None:
-    """A place that cannot be written is found before anything slow.
-
-    Raises:
-        InputError: it is a directory, or in none.
-    """
-    if path is None:
-        return
-    directory = path.resolve().parent
-    if path.is_dir():
-        raise InputError(f"cannot write '{path}': it is a directory", remedy="name a file in it")
-    if not directory.is_dir():
-        raise InputError(f"cannot write '{path}': there is no directory '{directory}'")
-    if not os.access(directory, os.W_OK):
-        raise InputError(f"cannot write '{path}': directory '{directory}' is not writable")
+app.command()(inspect)
 
 
 def _write(
@@ -353,98 +321,8 @@ def _write(
     if figure is not None:
         picture = BytesIO()
         explanation.figure(display).savefig(picture, format=figure.suffix[1:].lower())
-        goal = figure.resolve()
-        draft = goal.with_name(f".{goal.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            draft.write_bytes(picture.getvalue())
-            draft.replace(goal)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_atomically(figure, picture.getvalue())
     if json is not None:
         explanation.to_json(json)
     if html is not None:
         explanation.to_html(html, display)
-
-
-# What is said meanwhile
-
-
-@contextmanager
-def _stages(quietly: bool) -> Iterator[Callable[[str], None]]:
-    """Show each slow step with its time while it lasts, on standard error.
-
-    A terminal gets a list that is gone when all is done; a file or a pipe gets a line a step.
-    """
-    console = Console(stderr=True, highlight=False)
-    if quietly:
-        yield lambda text: None
-    elif not console.is_terminal:
-        yield lambda text: console.print(f"{text} ...", markup=False)
-    else:
-        columns = (
-            SpinnerColumn(style="cyan", finished_text="[green]✓[/green]"),
-            TextColumn("{task.description}", style="dim"),
-            TextColumn("{task.elapsed:.1f} s", style="cyan"),
-        )
-        with Progress(*columns, console=console, transient=True) as progress:
-
-            def stage(text: str) -> None:
-                for task in progress.tasks:
-                    progress.update(task.id, total=1, completed=1)
-                    progress.stop_task(task.id)
-                progress.add_task(text, total=None)
-
-            yield stage
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Look for no garbage until the command is done, nor at the exit.
-
-    Importing PyTorch and tracing make millions of objects, and most of them stay: going through
-    them again and again takes a third of the time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    atexit.register(gc.freeze)
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.unfreeze()  # all objects are old now: the next young collection need not look at them
-        if enabled:
-            gc.enable()
-
-
-@contextmanager
-def _one_line_errors(debug: bool) -> Iterator[None]:
-    """Say what went wrong in one line on standard error, and exit with 1."""
-    try:
-        with warnings.catch_warnings():
-            if not debug:
-                warnings.simplefilter("ignore")
-            yield
-    except (typer.Exit, BrokenPipeError):
-        raise
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print("error:", style="bold red", end=" ")
-        console.print(_sentence(error), markup=False)
-        raise typer.Exit(1) from error
-
-
-def _sentence(error: Exception) -> str:
-    """What, where, why and what to do, in one line."""
-    if isinstance(error, AttnLRPError):
-        where = error.where if isinstance(error, _ABOUT_THE_MODEL) else ""
-        parts = [error.what, where, error.why, error.remedy]
-    elif isinstance(error, OSError) and error.filename:
-        parts = [f"cannot write '{error.filename}': {error.strerror}"]
-    else:
-        parts = [
-            f"{type(error).__name__}: {error}",
-            "this is a defect of attnlrp-fx; run again with --debug and report what it prints",
-        ]
-    return "; ".join(" ".join(part.split()).rstrip(".") for part in parts if part)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import Explained, explain, sums_of
+from references import Explained, Oracle, explain, read_tape
 from torch import Tensor, fx, nn
 from torch.testing import assert_close
 
@@ -33,7 +33,7 @@ from attnlrp_fx import (
     ZPlus,
     ops,
 )
-from attnlrp_fx.calculus.tape import Reading, Tape
+from attnlrp_fx.calculus.tape import Tape
 from attnlrp_fx.capture.capture import capture
 from attnlrp_fx.passes import (
     ASSIGN,
@@ -395,9 +395,8 @@ def _net(name: str, bias: bool) -> fx.GraphModule:
 
 def _read(
     name: str, bias: bool, rule: Rule, passes: tuple[Pass, ...] = ASSIGN
-) -> tuple[Tensor, Reading, dict[str, tuple[float, float, float]]]:
-    """The first logit of each row, what a net with a rule at every layer reads of it, and its sums
-    by node."""
+) -> tuple[Tensor, Oracle]:
+    """The first logit of each row, and what a net with a rule at every layer reads of it."""
     rewritten = copy_of(_net(name, bias))
     layers = ((Match(role=role), rule) for role in ("convolution", "dense"))
     run_passes(rewritten, PassContext(composite=COMPOSITES["attnlrp"].with_rules(*layers)), passes)
@@ -408,9 +407,7 @@ def _read(
         seed = torch.zeros_like(logits)
         seed[:, 0] = 1
         (seeded,) = rewritten.graph.output_node().args[0]  # type: ignore[misc]
-        reading = tape.reverse({seeded: seed}, audit=True)  # type: ignore[dict-item]
-        target = logits[:, 0]
-        return target, reading, sums_of(rewritten, reading, float(target.sum()))
+        return logits[:, 0], read_tape(tape, {seeded: seed})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.1])
@@ -418,14 +415,14 @@ def _read(
 @pytest.mark.parametrize("name", NETS)
 def test_law_1_the_ledger_closes(name: str, rule_name: str, epsilon: float) -> None:
     """With biases and a stabiliser; node by node too."""
-    target, reading, found = _read(name, True, RULES[rule_name](epsilon))
+    target, reading = _read(name, True, RULES[rule_name](epsilon))
     scale = float(target.abs().sum())
-    absorbed = sum(sums[2] for sums in found.values())
+    absorbed = sum(float(sums[2]) for sums in reading.sums.values())
     residual = float(target.sum() - reading.relevance["input"].sum()) - absorbed
     assert abs(residual) <= 1e-9 * scale
     keeps = epsilon > 0 or rule_name not in ("flat", "z-box")
     assert not keeps or abs(absorbed) > 1e-4 * scale
-    for received, passed, kept in found.values():
+    for received, passed, kept in reading.sums.values():
         assert abs(received - passed - kept) <= 1e-9 * scale
 
 
@@ -436,10 +433,10 @@ CONSERVING = {"gamma": Gamma(0.25), "gamma large": Gamma(50.0), "z-plus": ZPlus(
 @pytest.mark.parametrize("name", NETS)
 def test_conserves_without_biases(name: str, rule_name: str) -> None:
     """Rectifiers hand on what they get, and nothing else keeps anything: row by row."""
-    target, reading, found = _read(name, False, CONSERVING[rule_name])
+    target, reading = _read(name, False, CONSERVING[rule_name])
     total = reading.relevance["input"].flatten(1).sum(1)
     if (name, rule_name) == ("convolutional", "flat"):  # relevance of an average of zeros
-        kept = {node for node, sums in found.items() if abs(sums[2]) > 1e-12}
+        kept = {node for node, sums in reading.sums.items() if abs(sums[2]) > 1e-12}
         assert kept <= {"avg_pool2d"}
         return
     assert_close(total, target, rtol=1e-10, atol=1e-12)
@@ -450,13 +447,13 @@ def test_conserves_without_biases(name: str, rule_name: str) -> None:
 def test_signs_change_no_number_of_a_network(name: str, rule_name: str) -> None:
     for epsilon in (0.0, 1e-6):
         rule = RULES[rule_name](epsilon)
-        _, marked, marked_sums = _read(name, True, rule)
-        _, unmarked, unmarked_sums = _read(name, True, rule, (assign_rules,))
+        _, marked = _read(name, True, rule)
+        _, unmarked = _read(name, True, rule, (assign_rules,))
         expected = unmarked.relevance["input"]
         scale = float(expected.abs().max())
         assert_close(marked.relevance["input"], expected, rtol=1e-12, atol=1e-12 * scale)
-        for node, sums in unmarked_sums.items():
-            assert marked_sums[node] == pytest.approx(sums, rel=1e-11, abs=1e-11 * scale)
+        for node, sums in unmarked.sums.items():
+            assert_close(marked.sums[node], sums, rtol=1e-11, atol=1e-11 * scale)
 
 
 def test_z_box_of_other_channels() -> None:

@@ -2,8 +2,11 @@
 
 An edge from a value x to a node that it goes into carries Σ x·c + Σ r, of the coefficient and the
 relevance that the node hands to x. Edges are all that is measured of what nodes receive and pass
-on: a value receives what it passes on to all of its users together. A view, or a cast, passes on
-what it receives, and is not measured at all.
+on: a value receives from all of its users together. A view, or a cast, passes on what it receives,
+and is not measured at all. Where few sums are wanted, no more edges are measured than the rest
+follows from by law: of a node's edges one is what the others and what it absorbs leave over, and
+factors of a product have equal shares. But what comes out of an op that absorbs by design, and what
+reaches a source, always is measured: else a rule that breaks its law would not show.
 
 What a node absorbs is not taken as a difference where a law gives it: a rule on an affine op
 absorbs Σ f(0)·c, with f(0) the op's output at zero explained inputs, and ε what it keeps. Only
@@ -62,11 +65,17 @@ def absorbs_by_design(node: fx.Node, passes_on: bool) -> bool:
     if node.target in (ops.taylor, ops.gradient):
         return True
     explains_weights = node.kwargs.get("weights", 0.5) != 0
-    return node.target is ops.attention and (explains_weights or not passes_on)
+    return node.target is ops.attention and bool(explains_weights or not passes_on)
 
 
 def postings_of(
-    node: fx.Node, call: Call, output: Any, c: Any, shares: Shares, r: Any = None
+    node: fx.Node,
+    call: Call,
+    output: Any,
+    c: Any,
+    shares: Shares,
+    r: Any = None,
+    few: bool = False,
 ) -> dict[Account, Tensor]:
     """What one node passes on to each explained input, and what it absorbs.
 
@@ -77,27 +86,54 @@ def postings_of(
         c: the coefficient that its pullback took on; None if there was none.
         shares: what it handed on.
         r: relevance that it handed on as it came, if it did.
+        few: whether edges are left out that follow from others.
 
     Returns:
         Scalars, float32 or better, by account. Of a node that absorbs by design, the accounts of
         causes hold only what else it absorbs.
     """
-    found: dict[Account, Tensor] = dict(shares.absorbed)
+    found: dict[Account, Tensor] = {**shares.absorbed}
     if is_carrier(node):
         return found
-    count = len(call.primals)
-    coefficients, relevance = shares.coefficients or [None] * count, shares.relevance or [None] * count
-    for k, (x, own, other) in enumerate(zip(call.primals, coefficients, relevance, strict=True)):
-        carried = [] if own is None else edge(x, own, may_be_infinite(explained_inputs(node)[k]))
+    none = [None] * len(call.primals)
+    coefficients, relevance = shares.coefficients or none, shares.relevance or none
+    inputs = explained_inputs(node)
+    handed = list(zip(call.primals, coefficients, relevance, strict=True))
+    follows: set[int] = set()
+    if few and all(own is not None or other is not None for _, own, other in handed):
+        follows = _following(node, inputs, call.factors)
+    for k, (x, own, other) in enumerate(handed):
+        if k in follows:
+            continue
+        carried = [] if own is None else edge(x, own, may_be_infinite(inputs[k]))
         carried += [] if other is None else [total(other)]
         if carried:
             found[k] = sum(carried[1:], start=carried[0])
     if c is not None and not absorbs_by_design(node, any(p is not None for p in coefficients)):
         found |= _by_law(node, call, parts_of(output), parts_of(c))
     if r is not None and rearranges(call.op):
-        kept = sum(map(total, parts_of(r))) - sum(total(p) for p in relevance if p is not None)
+        passed = [-total(part) for part in relevance if part is not None]
+        kept = torch.stack([*map(total, parts_of(r)), *passed]).sum()
         found["constant"] = found["constant"] + kept if "constant" in found else kept
     return found
+
+
+def _following(node: fx.Node, inputs: Sequence[fx.Node], factors: int) -> set[int]:
+    """The edges of a node that follow from its others, and from what it receives and absorbs."""
+    if node.target is ops.attention or absorbs_by_design(node, True):
+        return set()
+    free = [k for k, value in enumerate(inputs) if not _is_measured(value)]
+    has_equal_shares = node.target is ops.uniform and factors == len(inputs)
+    return set(free if has_equal_shares else free[:1])
+
+
+def _is_measured(value: fx.Node) -> bool:
+    """Whether what a value receives must be measured."""
+    while value.target not in (ops.source, ops.boundary):
+        if value.target in ops.RELEVANCE_OPS and not is_carrier(value):
+            return value.target is ops.attention or absorbs_by_design(value, True)
+        value = explained_inputs(value)[0]
+    return True
 
 
 def total(relevance: Tensor) -> Tensor:
@@ -119,7 +155,9 @@ def edge(x: Tensor, c: Tensor, guarded: bool = False) -> list[Tensor]:
     if guarded:
         largest = torch.finfo(wide).max
         x = x.clamp(-largest, largest)
-    return [torch.dot(x.reshape(-1), c.reshape(-1))]
+    if x.is_contiguous() and c.is_contiguous():
+        return [torch.dot(x.reshape(-1), c.reshape(-1))]
+    return [(x * c).sum()]  # flattening would copy both
 
 
 UNMASKED = ("linear", "matmul", "mm", "bmm", "conv1d", "conv2d", "conv3d", "softmax", "_softmax")
@@ -141,7 +179,11 @@ def may_be_infinite(node: fx.Node) -> bool:
         op = packet(leaf.args[0]) if leaf.target in ops.RELEVANCE_OPS else None
         if op in _UNMASKED:
             continue
-        if op is not None and not is_structural_op(leaf.args[0]) and product_of(leaf.args[0]) is None:
+        if (
+            op is not None
+            and not is_structural_op(leaf.args[0])
+            and product_of(leaf.args[0]) is None
+        ):
             others = [other for other in leaves(leaf.args[1:]) if not ops.is_explained(other)]
             numbers = [n for n in leaf.args[1:] if isinstance(n, float) and math.isinf(n)]
             if numbers or any(other.op != "get_attr" for other in others):

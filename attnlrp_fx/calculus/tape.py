@@ -32,6 +32,16 @@ Watch = Callable[[fx.Node, str, Any], None]
 Annotate = Callable[[fx.Node, str], AbstractContextManager[Any]]
 
 
+class Audited(Enum):
+    """What is added up for the ledger."""
+
+    NOTHING = auto()
+    FEW = auto()
+    """As few edges as all others follow from by law: what programs do."""
+    EVERY = auto()
+    """Every edge."""
+
+
 class Channel(Enum):
     """What a value receives in reverse."""
 
@@ -204,13 +214,15 @@ class Tape(Runner):
             parameters=parameters,
         )
 
-    def reverse(self, seeds: "Mapping[fx.Node, Tensor] | Received", audit: bool = False) -> Reading:
+    def reverse(
+        self, seeds: "Mapping[fx.Node, Tensor] | Received", audit: Audited = Audited.NOTHING
+    ) -> Reading:
         """Take seeds back to the sources.
 
         Args:
             seeds: coefficient of each seeded node, in the node's shape; or all that nodes have
                 received already.
-            audit: whether to add up what each node passes on and absorbs.
+            audit: what to add up of what each node passes on and absorbs.
 
         Returns:
             The relevance of every explained input, what every boundary received and, if audited,
@@ -233,14 +245,14 @@ class Tape(Runner):
                 elif node.target is operator.getitem:
                     received.hand_to_owner(node)
                 else:
-                    self._pull(node, received, reading if audit else None)
+                    self._pull(node, received, reading, audit)
         return reading
 
     def _nodes(self) -> Iterable[fx.Node]:
         assert isinstance(self.module, fx.GraphModule)
         return self.module.graph.nodes
 
-    def _pull(self, node: fx.Node, received: "Received", audited: Reading | None) -> None:
+    def _pull(self, node: fx.Node, received: "Received", reading: Reading, audit: Audited) -> None:
         """Take what one node received to its explained inputs, each in its input's dtype.
 
         Ops that promote (bfloat16 times float32) give outputs, and so coefficients, of another.
@@ -258,18 +270,19 @@ class Tape(Runner):
         for leaf, share in zip(inputs, relevance, strict=True):
             if share is not None:
                 _add(received.relevance, leaf, share)
-        if audited is not None:
-            audited.postings |= {(node.name, account): sum_ for account, sum_ in post().items()}
+        if audit is not Audited.NOTHING:
+            posted = post(audit is Audited.FEW)
+            reading.postings |= {(node.name, account): value for account, value in posted.items()}
 
     def _shares(
         self, node: fx.Node, c: Any, r: Any
-    ) -> tuple[Shares, Callable[[], dict[Account, Tensor]]]:
+    ) -> tuple[Shares, Callable[[bool], dict[Account, Tensor]]]:
         """What a node hands on of its coefficient c and relevance r, and its postings."""
         call, output, pullback = self.calls[node], self.env[node], self.pullbacks[node]
         assert callable(node.target)
         if isinstance(pullback, Explicit):
             shares = pullback.share(parts_of(relevance_of(output, c, r))[0])
-            return shares, lambda: postings_of(node, call, output, None, shares)
+            return shares, lambda few: postings_of(node, call, output, None, shares, few=few)
         lost: dict[str, Tensor] = {}
         handed: Sequence[Tensor | None] = ()
         if r is not None and (node.target is ops.winner or rearranges(call.op)):
@@ -279,7 +292,10 @@ class Tape(Runner):
         elif r is not None:
             c, lost["zero"] = factored(output, c, r)
         shares = Shares(pullback(c) if c is not None else (), handed, lost)
-        return shares, lambda: postings_of(node, call, output, c, shares, r if handed else None)
+        passed_as_it_came = r if handed else None
+        return shares, lambda few: postings_of(
+            node, call, output, c, shares, passed_as_it_came, few
+        )
 
     def _relevance_of_source(self, node: fx.Node, c: Tensor | None, r: Tensor | None) -> Tensor:
         """R = x·c + r of a source in float32 or better, summed over the features of tokens."""
@@ -294,7 +310,7 @@ class Tape(Runner):
         return relevance.sum([d for d in range(value.dim()) if d not in kept])  # type: ignore[operator]
 
     def _carry(
-        self, node: fx.Node, relevance: dict[fx.Node, Tensor], reading: Reading, audit: bool
+        self, node: fx.Node, relevance: dict[fx.Node, Tensor], reading: Reading, audit: Audited
     ) -> None:
         """Take relevance from looked-up indices to the model input that they were read from.
 
@@ -307,7 +323,7 @@ class Tape(Runner):
         moved = list(carry(node, received, self.env))
         for leaf, carried in moved:
             _add(relevance, leaf, carried)
-        if audit and is_op(node, *MOVES, *FILLS):
+        if audit is not Audited.NOTHING and is_op(node, *MOVES, *FILLS):
             passed = sum(total(carried) for _, carried in moved)
             reading.postings[node.name, 0] = passed + 0 * total(received)
             reading.postings[node.name, TOKENS_MOVED] = total(received) - passed

@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from attnlrp_fx.calculus.postings import Account
-from attnlrp_fx.calculus.tape import Channel, Received, Tape
+from attnlrp_fx.calculus.tape import Audited, Channel, Received, Tape
 from attnlrp_fx.capture.functionalise import relax_views
 from attnlrp_fx.codegen.partition import SEED, Keeping, hoist, split
 from attnlrp_fx.codegen.regions import computed
@@ -140,7 +140,7 @@ def emit(
         arrived = Received()
         for seed, value in zip(seeds, given, strict=True):
             arrived.add(seed.channel, outputs[seed.place], value)
-        read = tape.reverse(arrived, audit=options.audit)
+        read = tape.reverse(arrived, Audited.FEW if options.audit else Audited.NOTHING)
         found = {
             Port(names.index(name), channel, value.dtype): value
             for channel, values in read.by_channel().items()

@@ -3,6 +3,7 @@
 import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor, fx
 
-from attnlrp_fx.calculus.tape import Reading, Tape
+from attnlrp_fx.calculus.tape import Audited, Reading, Tape
 from attnlrp_fx.files import write_atomically
 from attnlrp_fx.graph.operators import outputs_of
 from attnlrp_fx.inspection.caveats import (
@@ -35,7 +36,8 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">
 <title>{title}</title><style>
 html{{color-scheme:light dark}} body{{font:14px/1.5 system-ui,sans-serif;margin:16px auto;
-max-width:90em;padding:0 16px;background:light-dark(#fff,#1b1d22);color:light-dark(#1f2328,#e6e8ec)}}
+max-width:90em;padding:0 16px;background:light-dark(#fff,#1b1d22);
+color:light-dark(#1f2328,#e6e8ec)}}
 h1{{font-size:17px}} h2{{font-size:14px;margin-top:22px}} .picture{{overflow-x:auto}}
 table{{border-collapse:collapse}} td,th{{padding:2px 14px 2px 0;text-align:left}}
 td.n{{text-align:right;font-variant-numeric:tabular-nums}} .caveat{{border-inline-start:3px solid
@@ -80,6 +82,20 @@ class Audit:
         if path is not None:
             write_atomically(path, page)
         return page
+
+    def save(self, path: str | Path) -> None:
+        """Write the flow of relevance, whole or not at all: a page (.html), or a picture.
+
+        Raises:
+            MissingExtraError: a picture is asked for, and matplotlib is not installed.
+        """
+        suffix = Path(path).suffix[1:].lower()
+        if suffix == "html":
+            self.to_html(path)
+            return
+        picture = BytesIO()
+        self.figure().savefig(picture, format=suffix, dpi=150)
+        write_atomically(path, picture.getvalue())
 
     def _sections(self) -> list[str]:
         ledger = self.ledger
@@ -203,7 +219,7 @@ def _run(
         chosen, seeds = choose(flat, given)
         outputs = outputs_of(rewritten.graph)
         starting = {outputs[i]: dense(seed, flat[i]) for i, seed in seeds.items()}
-        return tape, tape.reverse(starting, audit=True), chosen, seeds
+        return tape, tape.reverse(starting, Audited.EVERY), chosen, seeds
 
 
 def _widened(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -49,7 +49,11 @@ def of_relevance(
     for name, values in relevance.items():
         rows = values.double().flatten(1) if values.dim() > 1 else values.double()[:, None]
         gross, net = rows.abs().sum(1), rows.sum(1).abs()
-        ratio = float(torch.where(net > 0, gross / net.clamp(min=1e-300), torch.inf)[gross > 0].max()) if bool((gross > 0).any()) else 1.0
+        ratio = (
+            float(torch.where(net > 0, gross / net.clamp(min=1e-300), torch.inf)[gross > 0].max())
+            if bool((gross > 0).any())
+            else 1.0
+        )
         if ratio > CANCELS:
             found.append(
                 Caveat(
@@ -141,7 +145,9 @@ def _attention_weights(
     return torch.softmax(scores, -1).nan_to_num(0.0)
 
 
-def digits_kept(relevance: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
+def digits_kept(
+    relevance: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+) -> dict[str, float]:
     """Decimal digits in which relevance agrees with that of a wider dtype, by explained input:
     −log₁₀ of the largest difference over the largest relevance."""
     found = {}

@@ -20,7 +20,7 @@ STYLES = {"as it was": "dim", "rule": "", "gone": "red", "new": "green"}
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">
 <title>captured and rewritten</title><style>
-html{{color-scheme:light dark;font:13px/1.5 ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace}}
+html{{color-scheme:light dark;font:13px/1.5 ui-monospace,Menlo,Consolas,monospace}}
 body{{margin:16px;background:light-dark(#fff,#1b1d22);color:light-dark(#1f2328,#e6e8ec)}}
 table{{border-collapse:collapse;width:100%;table-layout:fixed}}
 th{{text-align:left;position:sticky;top:0;background:light-dark(#fff,#1b1d22)}}

@@ -8,7 +8,6 @@ drawn as SVG or by matplotlib.
 
 import html
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,8 +30,11 @@ COLOURS = {
 }
 MAIN = "#e8963f"
 """The colour of relevance that is on its way."""
-STEP, TALL, MARGIN, HALF = 92.0, 150.0, 70.0, 11.0
-"""Pixels between stations, of the widest band, around the picture, and half of a station."""
+AGAINST = "#3a80d2"
+"""The same where more has left than there was, so that what goes on is against the target."""
+STEP, TALL, MARGIN, LEAF, BEND = 64.0, 150.0, 30.0, 46.0, 16.0
+"""Pixels between stations, of the target's band, around the picture, and how long and how wide the
+way of a leaf is."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,9 @@ class Flow:
             )
         for k, cause in enumerate(self.causes):
             x, y = 14 + 150 * (k % 6), self.height - 14 - 20 * (k // 6)
-            parts.append(f'<rect x="{x}" y="{y - 10}" width="11" height="11" fill="{_colour(cause)}"/>')
+            parts.append(
+                f'<rect x="{x}" y="{y - 10}" width="11" height="11" fill="{_colour(cause)}"/>'
+            )
             parts.append(f'<text x="{x + 16}" y="{y}">{html.escape(cause)}</text>')
         return "\n".join([*parts, "</svg>"])
 
@@ -162,53 +166,75 @@ def flow_of(ledger: Ledger, *, stations: int = 40) -> Flow:
         for cause, value in entry.causes.items():
             causes[cause] = causes.get(cause, 0.0) + value
     kept = _fewer({name: c for name, c in kept.items() if any(c.values())}, stations)
-    scale = max([abs(ledger.target), *_levels(ledger.target, kept)]) or 1.0
-    unit = TALL / scale
-    # Bands keep their lower edges where they are when something leaves, so that it leaves there.
-    top = MARGIN + 70 + max([0.0, *(_added(causes) for causes in kept.values())]) * unit
-    middle = top + TALL / 2
-    level, x = ledger.target, MARGIN
+    sign = -1.0 if ledger.target < 0 else 1.0
+    heights = [abs(level) for level in _levels(ledger.target, kept)]
+    unit = TALL / (max(heights) or 1.0)
     percent = 100 / ledger.target if ledger.target else 0.0
     ribbons: list[Ribbon] = []
-    words = [Word(x - 10, middle + 4, f"target {ledger.target:.4g}", "end")]
+    words: list[Word] = []
+    left, top = 150.0, 0.0
+    bottom = top + abs(ledger.target) * unit
+    words.append(Word(left - 8, (top + bottom) / 2 + 4, f"target {ledger.target:.4g}", "end"))
     for name, causes in kept.items():
-        after = level - sum(causes.values())
-        at = x + STEP
-        tip = f"{100 * level / ledger.target if ledger.target else 0:.1f} % goes on"
-        ribbons.append(_band(x, at - HALF, middle, abs(level) * unit, abs(level) * unit, tip))
-        ribbons += _leaves(causes, name, at, middle, abs(level) * unit, unit, percent)
-        ribbons.append(_band(at - HALF, at + HALF, middle, abs(level) * unit, abs(after) * unit, tip))
-        words.append(Word(at - 4, MARGIN + 62, _short(name), "start", True))
-        level, x = after, at + HALF
-    tip = f"{100 * level / ledger.target if ledger.target else 0:.1f} % reaches the inputs"
-    ribbons.append(_band(x, x + STEP, middle, abs(level) * unit, abs(level) * unit, tip))
+        parts = [
+            (c, v * sign * unit, v) for c, v in sorted(causes.items(), key=lambda i: abs(i[1]))
+        ]
+        leaving = [part for part in parts if part[1] > 0]
+        entering = [part for part in parts if part[1] < 0]
+        at = left + STEP + sum(-wide for _, wide, _ in entering)
+        tip = f"{percent * sign * (bottom - top) / unit:.1f} % goes on" if percent else ""
+        ribbons.append(_band(left, at, top, bottom, tip))
+        reach = BEND
+        for cause, wide, value in leaving:
+            told = f"{CAUSES.get(cause, cause)} at {name} absorbs {abs(percent * value):.1f} %"
+            ribbons.append(_leaf(at, bottom - wide, bottom, reach, 1, cause, told))
+            bottom, reach = bottom - wide, reach + wide + 3
+        reach = BEND
+        for cause, wide, value in entering:
+            told = f"{CAUSES.get(cause, cause)} at {name} adds {abs(percent * value):.1f} %"
+            ribbons.append(_leaf(at, top, top + wide, reach, -1, cause, told))
+            top, reach = top + wide, reach - wide + 3
+        words.append(Word(at + 2, 0.0, _short(name), "start", True))
+        left = at + max(0.0, sum(wide for _, wide, _ in leaving) - STEP / 2)
+        ribbons.append(_band(at, left, top, bottom, ""))
+    tip = f"{percent * sign * (bottom - top) / unit:.1f} % reaches the inputs" if percent else ""
+    ribbons.append(_band(left, left + STEP, top, bottom, tip))
     for k, (name, value) in enumerate(ledger.inputs.items()):
         share = f", {percent * value:.1f} %" if ledger.target else ""
-        words.append(Word(x + STEP + 8, middle + 4 + 15 * k, f"{name}{share}", "start"))
-    causes_seen = dict.fromkeys(cause for c in kept.values() for cause, v in c.items() if v)
-    deepest = max([y for r in ribbons for _, y in r.points], default=middle)
-    rows = 1 + len(causes_seen) // 6
-    title = f"Where {ledger.target:.4g} went: {percent * sum(ledger.inputs.values()):.1f} % to inputs"
-    width = x + STEP + MARGIN + 8 * max((len(w.text) for w in words[-len(ledger.inputs) :]), default=9)
-    words = [Word(w.x + 50, w.y, w.text, w.anchor, w.is_tilted) for w in words]
-    ribbons = [
-        Ribbon(tuple((px + 50, py) for px, py in r.points), r.colour, r.tip) for r in ribbons
+        words.append(
+            Word(left + STEP + 8, (top + bottom) / 2 + 4 + 15 * k, f"{name}{share}", "start")
+        )
+    seen = dict.fromkeys(cause for c in kept.values() for cause, value in c.items() if value)
+    return _framed(ribbons, words, ledger, ("relevance", *seen))
+
+
+def _framed(
+    ribbons: list[Ribbon], words: list[Word], ledger: Ledger, causes: tuple[str, ...]
+) -> Flow:
+    """All shapes moved to where they are seen, with a title; stations' names above the bands."""
+    highest = min(y for ribbon in ribbons for _, y in ribbon.points)
+    deepest = max(y for ribbon in ribbons for _, y in ribbon.points)
+    names = 8 + max((4.6 * len(word.text) for word in words if word.is_tilted), default=0)
+    down = MARGIN + names - highest
+    moved = [Ribbon(tuple((x, y + down) for x, y in r.points), r.colour, r.tip) for r in ribbons]
+    placed = [
+        Word(w.x, MARGIN + names - 6 if w.is_tilted else w.y + down, w.text, w.anchor, w.is_tilted)
+        for w in words
     ]
-    words.append(Word(14, 22, title, "start"))
-    height = deepest + 50 + 20 * rows
-    return Flow(width + 50, height, tuple(ribbons), tuple(words), ("relevance", *causes_seen), title)
+    share = sum(ledger.inputs.values()) / ledger.target if ledger.target else 0.0
+    title = f"Where {ledger.target:.4g} went: {share:.1%} to the inputs"
+    right = max(w.x + 7 * len(w.text) for w in words if not w.is_tilted)
+    height = deepest + down + 34 + 20 * (1 + (len(causes) - 1) // 6)
+    placed.append(Word(14, 20, title, "start"))
+    return Flow(max(right + 16, 480.0), height, tuple(moved), tuple(placed), causes, title)
 
 
 def _levels(target: float, kept: dict[str, dict[str, float]]) -> list[float]:
-    level, found = target, []
+    """What goes on after each station, from the target on."""
+    found = [target]
     for causes in kept.values():
-        level -= sum(causes.values())
-        found.append(abs(level))
+        found.append(found[-1] - sum(causes.values()))
     return found
-
-
-def _added(causes: dict[str, float]) -> float:
-    return sum(-value for value in causes.values() if value < 0)
 
 
 def _fewer(kept: dict[str, dict[str, float]], most: int) -> dict[str, dict[str, float]]:
@@ -239,44 +265,38 @@ def _fewer(kept: dict[str, dict[str, float]], most: int) -> dict[str, dict[str, 
     return found
 
 
-def _band(x0: float, x1: float, middle: float, high0: float, high1: float, tip: str) -> Ribbon:
-    """A band, as high as what goes along it."""
-    bend = (x1 - x0) / 2
-    ends = ((x0, high0), (x0 + bend, high0), (x1 - bend, high1), (x1, high1))
-    upper = tuple((x, middle - high / 2) for x, high in ends)
-    lower = tuple((x, middle + high / 2) for x, high in ends)
-    return Ribbon((*upper, *lower), MAIN, tip)
+def _band(x0: float, x1: float, top: float, bottom: float, tip: str) -> Ribbon:
+    """A straight band."""
+    xs = (x0, x0 + (x1 - x0) / 3, x1 - (x1 - x0) / 3, x1)
+    colour = MAIN if bottom >= top else AGAINST
+    return Ribbon((*((x, top) for x in xs), *((x, bottom) for x in xs)), colour, tip)
 
 
-def _leaves(
-    causes: dict[str, float],
-    station: str,
-    x: float,
-    middle: float,
-    high: float,
-    unit: float,
-    percent: float,
-) -> Sequence[Ribbon]:
-    """What leaves downwards, and what enters from above."""
-    found = []
-    for sign in (1, -1):
-        edge = middle + sign * high / 2
-        left = x - HALF
-        for cause, value in sorted(causes.items(), key=lambda item: -abs(item[1])):
-            wide = abs(value) * unit
-            if value * sign <= 0 or wide < 0.4:
-                continue
-            far = edge + sign * (34 + wide)
-            start = edge - sign * wide
-            right = left + 46
-            verb = "absorbs" if sign > 0 else "adds"
-            tip = f"{CAUSES.get(cause, cause)} at {station} {verb} {abs(percent * value):.1f} %"
-            outer = ((left, start), (left + 30, start), (right, edge), (right, far))
-            inner = ((left, edge), (left + 14, edge), (right - min(wide, 30), edge + sign * 12),
-                     (right - min(wide, 30), far))
-            found.append(Ribbon((*outer, *inner), _colour(cause), tip))
-            edge = start
-    return found
+def _leaf(
+    x: float, upper: float, lower: float, reach: float, sign: int, cause: str, tip: str
+) -> Ribbon:
+    """What leaves a station to the right and downwards, or enters it from above on the left.
+
+    Args:
+        x: where the station is.
+        upper: its slice of the station.
+        lower: where that ends.
+        reach: how far to the side its way is.
+        sign: 1 leaves, −1 enters.
+        cause: what absorbs or adds it.
+        tip: the same in words.
+    """
+    wide = lower - upper
+    near, far = (lower, upper) if sign > 0 else (upper, lower)
+    end = near + sign * LEAF
+    inner = _turn(x, near, x + sign * reach, end, sign)
+    outer = _turn(x, far, x + sign * (reach + wide), end, sign)
+    return Ribbon((*outer, *inner), _colour(cause), tip)
+
+
+def _turn(x: float, y: float, x1: float, y1: float, sign: int) -> tuple[tuple[float, float], ...]:
+    """A quarter turn from along the bands to across them."""
+    return (x, y), (x + 0.75 * (x1 - x), y), (x1, y + 0.3 * (y1 - y)), (x1, y1)
 
 
 def _short(name: str) -> str:

@@ -90,7 +90,9 @@ def to_networkx(graphs: Graphs, ledger: Ledger | None = None) -> "nx.DiGraph[str
         for leaf in node.all_input_nodes:
             if leaf.name in names:
                 flow = None if ledger is None else ledger.flows.get((leaf.name, node.name), 0.0)
-                graph.add_edge(leaf.name, node.name, **({} if flow is None else {"relevance": flow}))
+                graph.add_edge(
+                    leaf.name, node.name, **({} if flow is None else {"relevance": flow})
+                )
     return graph
 
 
@@ -101,8 +103,8 @@ def to_dot(graphs: Graphs, ledger: Ledger | None = None) -> str:
     largest = max(flows, default=0.0) or 1.0
     lines = ["digraph rewritten {", "  rankdir=TB; node [shape=box, style=filled, fontsize=10];"]
     lines += _clusters(graph)
-    for before, after, value in graph.edges.data("relevance", default=None):
-        style = ""
+    for before, after, data in graph.edges.data():
+        value, style = data.get("relevance"), ""
         if value is not None:
             colour = "#e87818" if value >= 0 else "#3a80d2"
             width = 0.4 + 6 * abs(value) / largest
@@ -113,7 +115,7 @@ def to_dot(graphs: Graphs, ledger: Ledger | None = None) -> str:
 
 def _clusters(graph: "nx.DiGraph[str]") -> Iterator[str]:
     """The nodes, those of one module in one cluster inside of its parent's."""
-    tree: dict[str, Any] = {}
+    tree: dict[Any, Any] = {}
     for name, data in graph.nodes.data():
         place = tree
         for part in filter(None, data["module"].split(".")):

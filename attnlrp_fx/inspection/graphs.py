@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import fx
+from torch import Tensor, fx
 
 from attnlrp_fx import ops
 from attnlrp_fx.errors import InputError
@@ -82,7 +82,7 @@ class Graphs:
     def made_of(self) -> Mapping[str, tuple[fx.Node, ...]]:
         """The captured nodes that each rewritten node is or was made of, in order."""
         found: dict[str, list[fx.Node]] = {}
-        for claim in reversed(self.claims.values()):
+        for claim in reversed(list(self.claims.values())):
             if claim.into is not None:
                 found.setdefault(claim.into.name, []).append(claim.node)
         return {name: tuple(nodes) for name, nodes in found.items()}
@@ -136,4 +136,5 @@ def is_floating(node: fx.Node) -> bool:
     """Whether a node's value, or one of its values, is floating."""
     value = node.meta.get("val")
     parts = value if isinstance(value, list | tuple) else [value]
-    return any(hasattr(p, "dtype") and (p.is_floating_point() or p.is_complex()) for p in parts)
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    return any(part.is_floating_point() or part.is_complex() for part in tensors)

@@ -117,12 +117,12 @@ def _stacked(
     groups = [c for c in children if isinstance(c, Group) and c.kind == "module"]
     runs: list[list[Group]] = []
     last: Hashable = None
-    for child in groups:
-        structure = _structure(child, graph, looks, order)
+    for module in groups:
+        structure = _structure(module, graph, looks, order)
         if runs and structure == last:
-            runs[-1].append(child)
+            runs[-1].append(module)
         else:
-            runs.append([child])
+            runs.append([module])
         last = structure
     stacked = {id(run[0]): run for run in runs if len(run) > 1}
     if len(stacked) == 1 and len(runs) == 1 and len(groups) == len(group.children):

@@ -2,8 +2,8 @@
 
 For every node, Σ y·c_y = Σ_inputs x·c_x + absorbed, and over the graph the explained inputs'
 relevance and everything absorbed add up to the target's value (law 1). What is measured of a node,
-and what a law gives, is with `attnlrp_fx.calculus.postings`; a `Book` knows the graph and makes a ledger of
-the postings of one explanation, in float64. What a node absorbs by design, as softmax does, is what
+and what a law gives, is with `attnlrp_fx.calculus.postings`; a `Book` knows the graph and makes a
+ledger of the postings of one explanation, in float64. What a node absorbs by design, as softmax does, is what
 it does not pass on; all else is given by a law, so the sum closes only if every pullback obeys its.
 """
 
@@ -28,7 +28,7 @@ from attnlrp_fx.errors import MissingExtraError
 from attnlrp_fx.graph.provenance import module_path, source_line
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import pandas as pd  # type: ignore[import-untyped, unused-ignore]
 
 CAUSES: Mapping[str, str] = {
     "bias": "a bias",
@@ -196,7 +196,9 @@ class Ledger:
 
 def _place(module: str) -> str:
     """A module's path in words: "attention.output.dense of layer 3"."""
-    numbered = re.match(r"^(?:.*\.)?(?P<name>[^.\d][^.]*)\.(?P<number>\d+)(?:\.(?P<rest>.*))?$", module)
+    numbered = re.match(
+        r"^(?:.*\.)?(?P<name>[^.\d][^.]*)\.(?P<number>\d+)(?:\.(?P<rest>.*))?$", module
+    )
     if numbered is None:
         return module
     name = numbered["name"].removesuffix("s") if len(numbered["name"]) > 2 else numbered["name"]
@@ -290,6 +292,8 @@ class Book:
             passed = {k: v for k, v in posted.items() if isinstance(k, int)}
             if line.is_carrier:
                 passed = {0: arrived}
+            elif line.has_rule and not absorbs_by_design(line.node, bool(passed)):
+                passed |= _following(line, arrived, posted)
             for k, value in passed.items() if line.inputs else ():
                 edge = line.inputs[k], name
                 flows[edge] = flows.get(edge, 0.0) + value
@@ -309,6 +313,14 @@ class Book:
         return Ledger(target, inputs, (*reversed(entries), last), flows)
 
 
+def _following(line: _Line, arrived: float, posted: Mapping[Account, float]) -> dict[int, float]:
+    """What goes to the values whose edges were not posted: what is left, in equal shares."""
+    missing = [k for k in range(len(line.inputs)) if k not in posted]
+    if len(missing) > 1 and line.node.target is not ops.uniform:
+        return {}  # nothing was handed to them
+    return {k: (arrived - sum(posted.values())) / len(missing) for k in missing}
+
+
 def _cause_by_design(node: fx.Node) -> str:
     """Why a node absorbs what no law gives."""
     if node.target is ops.attention or (
@@ -316,4 +328,3 @@ def _cause_by_design(node: fx.Node) -> str:
     ):
         return "softmax"
     return "gradient" if node.target is ops.gradient else str(node.meta.get("kind", "taylor"))
-

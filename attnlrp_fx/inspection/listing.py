@@ -28,7 +28,7 @@ class Line:
     rule: str
     """The rule that stands there; of a program's node, of the node that it is of."""
     constructed_by: str
-    """The pass that made or claimed it; of a program's node, the node that it is of and its side."""
+    """The pass that made it; of a program's node, its side and the node that it is of."""
     module: str
     """Path and class of the module."""
     source: str

@@ -97,7 +97,16 @@ function arrange() {
     together.set(key, link);
   });
   links = [...together.values()];
-  seen = new Set(as).size;
+  const shown = [...new Set(as)];
+  seen = shown.length;
+  for (const link of links) {  // how far to the side a long edge passes by what lies between
+    const a = box[link.from], b = box[link.to], x = a.x + a.w / 2, top = a.y + a.h;
+    link.bow = Math.min(60, 14 + (b.y - top) / 14) + a.w / 2;
+    if (b.y - top > 90 && links.length * seen < 4e6) for (const i of shown) {
+      const c = box[i];
+      if (c.y > top && c.y + c.h < b.y && c.x < x && c.x + c.w > x) link.bow = Math.max(link.bow, Math.min(x - c.x, c.x + c.w - x) + 12);
+    }
+  }
   draw();
 }
 
@@ -173,7 +182,7 @@ function drawLinks(s) {
       ? signed(link.r, lit ? 1 : faint ? 0.12 : 0.25 + 0.6 * Math.sqrt(Math.abs(link.r) / target))
       : lit ? paint.accent : paint.line;
     if (lit && !(data.ledger && link.r)) ink.lineWidth = 2;
-    const far = y1 - y0, bow = far > 90 ? Math.min(90, 14 + far / 14) + a.w / 2 : 0;
+    const far = y1 - y0, bow = far > 90 ? link.bow : 0;
     const side = x1 > x0 + 4 ? 1 : x1 < x0 - 4 ? -1 : link.to % 2 ? 1 : -1;
     ink.beginPath(); ink.moveTo(x0, y0);
     if (bow && Math.abs(x1 - x0) < bow) {
@@ -332,7 +341,7 @@ function overview() {
     el("ul", {}, ...data.ledger.sentences.map(s => el("li", {}, s))),
     el("h3", {}, "paths that carry most"));
   found.push(el("ol", {}, ...data.paths.map(p => el("li", {}, el("button", {class: "go", on: () => light(p)},
-    `${percent(p.carried)}, ${p.nodes.length} nodes`), ` through ${waypoints(p)}`))));
+    `${(100 * p.share).toFixed(1)} %, ${p.nodes.length} nodes`), ` through ${waypoints(p)}`))));
   if (onPath.size) found.push(el("button", {class: "go", on: () => { onPath = new Set(); arrange(); panel(-1); }}, "no path"));
   return found;
 }

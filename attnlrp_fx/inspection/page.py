@@ -1,18 +1,20 @@
-"""A page of the graph: one file, no network; folded by module, with one explanation laid over it."""
+"""A page of the graph: one file, no network; folded by module, an explanation laid over it."""
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
+
+import networkx as nx
 
 from attnlrp_fx.inspection.graph import colour_of, rule_name, to_networkx
 from attnlrp_fx.inspection.graphs import Graphs
 from attnlrp_fx.inspection.layout import Group, folded
 from attnlrp_fx.inspection.ledger import Ledger
 from attnlrp_fx.inspection.listing import line_of
-from attnlrp_fx.inspection.paths import widest_paths
+from attnlrp_fx.inspection.paths import main_paths
 
 _DIGITS = 6
 _DOCUMENT = """<!doctype html>
@@ -33,8 +35,8 @@ _DOCUMENT = """<!doctype html>
 <label>colour <select id="colour"></select></label>
 <button id="fold" title="Fold everything">fold all</button>
 <button id="fit" title="Show everything that is unfolded">fit</button>
-<span class="find"><input id="search" type="search" placeholder="find a node, op, rule, module, line"
- autocomplete="off" spellcheck="false"><span id="found"></span></span>
+<span class="find"><input id="search" type="search"
+ placeholder="find a node, op, rule, module, line" autocomplete="off" spellcheck="false"><span id="found"></span></span>
 </header>
 <main>
 <canvas id="graph" tabindex="0" aria-label="the graph"></canvas>
@@ -133,7 +135,7 @@ def page_data(graphs: Graphs, ledger: Ledger | None) -> dict[str, Any]:
         "nodes": nodes,
         "edges": [
             [number[a], number[b], *([] if r is None else [_short(r)])]
-            for a, b, r in graph.edges.data("relevance", default=None)
+            for a, b, r in _relevance(graph)
         ],
         "groups": [
             {
@@ -150,8 +152,8 @@ def page_data(graphs: Graphs, ledger: Ledger | None) -> dict[str, Any]:
         "paths": []
         if ledger is None
         else [
-            {"nodes": [number[name] for name in path.nodes], "carried": _short(path.carried)}
-            for path in widest_paths(graph, ledger)
+            {"nodes": [number[name] for name in path.nodes], "share": _short(path.share)}
+            for path in main_paths(graph, ledger)
         ],
     }
 
@@ -167,3 +169,9 @@ def _summary(ledger: Ledger) -> Mapping[str, Any]:
 
 def _short(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}")
+
+
+def _relevance(graph: "nx.DiGraph[str]") -> Iterator[tuple[str, str, float | None]]:
+    """Edges with their relevance."""
+    for before, after, data in graph.edges.data():
+        yield before, after, data.get("relevance")

@@ -1,10 +1,10 @@
-"""The paths that carry most of an explanation's relevance, from the target to the inputs.
+"""The paths that most of an explanation's relevance takes, from the target to the inputs.
 
-Relevance on edges is taken apart into paths, the widest first: a path carries what its narrowest
-edge has left, in magnitude, and takes that from all of its edges. So no relevance is counted twice.
+Of what a node receives, each value that it reads gets a share, in magnitude, and what it absorbs
+has the rest. A path takes the product of the shares along it: as a walk would that at each node
+goes on by chance. So shares of all paths and of all that is absorbed add up to one.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -18,50 +18,36 @@ class Path:
 
     nodes: tuple[str, ...]
     """From the input to the output."""
-    carried: float
-    """The magnitude of the relevance that all of its edges have, and no path before it."""
+    share: float
+    """How much of the target's relevance, in magnitude, takes it."""
 
 
-def widest_paths(graph: "nx.DiGraph[str]", ledger: Ledger, count: int = 8) -> list[Path]:
-    """Paths from explained inputs to outputs, the one that carries most first.
+def main_paths(graph: "nx.DiGraph[str]", ledger: Ledger, count: int = 8) -> list[Path]:
+    """The paths that most relevance takes, the first first.
 
     Args:
         graph: the rewritten graph, as from `attnlrp_fx.inspection.graph.to_networkx`.
         ledger: an explanation's.
         count: the most paths.
     """
-    left = {edge: abs(flow) for edge, flow in ledger.flows.items() if graph.has_edge(*edge)}
-    order = list(nx.topological_sort(graph))
-    found = []
-    for _ in range(count):
-        path = _widest(graph, order, left)
-        if path is None:
-            break
-        found.append(path)
-        for edge in zip(path.nodes, path.nodes[1:], strict=False):
-            left[edge] -= path.carried
-    return found
-
-
-def _widest(
-    graph: "nx.DiGraph[str]", order: Sequence[str], left: dict[tuple[str, str], float]
-) -> Path | None:
-    """The path whose narrowest edge has most left."""
-    width: dict[str, float] = {}
-    came: dict[str, str] = {}
-    for name in order:
-        edges = [(before, name) for before in graph.predecessors(name) if (before, name) in left]
-        if not edges:
-            width[name] = float("inf")
-            continue
-        width[name], best = max((min(width[a], left[a, b]), a) for a, b in edges)
-        if width[name] > 0:
-            came[name] = best
-    ends = [n for n in came if not any((n, after) in left for after in graph.successors(n))]
-    if not ends:
-        return None
-    end = max(ends, key=width.__getitem__)
-    nodes = [end]
-    while nodes[-1] in came:
-        nodes.append(came[nodes[-1]])
-    return Path(tuple(reversed(nodes)), width[end])
+    flows = {
+        edge: abs(flow) for edge, flow in ledger.flows.items() if flow and graph.has_edge(*edge)
+    }
+    kept = {entry.node: sum(map(abs, entry.causes.values())) for entry in ledger.entries}
+    whole = dict(kept)
+    for (_, reader), flow in flows.items():
+        whole[reader] = whole.get(reader, 0.0) + flow
+    taken: dict[str, list[Path]] = {}
+    ends: list[Path] = []
+    for name in reversed(list(nx.topological_sort(graph))):
+        readers = [reader for reader in graph.successors(name) if (name, reader) in flows]
+        arriving = [
+            Path((name, *path.nodes), path.share * flows[name, reader] / whole[reader])
+            for reader in readers
+            for path in taken[reader]
+        ]
+        best = sorted(arriving, key=lambda path: -path.share)[:count]
+        taken[name] = best or ([] if readers else [Path((name,), 1.0)])
+        if best and not any((before, name) in flows for before in graph.predecessors(name)):
+            ends += best
+    return sorted(ends, key=lambda path: -path.share)[:count]

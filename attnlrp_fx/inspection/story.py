@@ -1,4 +1,4 @@
-"""One node's story: the user's line, the pass that claimed it, its rule, its lines in the program."""
+"""One node's story: the user's line, the pass that claimed it, its rule, its program."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

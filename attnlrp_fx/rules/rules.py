@@ -2,8 +2,8 @@
 
 A rule is a frozen dataclass. Its fields are its options, `kinds` says which kinds of op it can
 stand at, and `op` is the relevance op that it rewrites a node to. The first line of its docstring
-is its formula, which listings show. The programs of the formulas are in `attnlrp_fx.calculus.pullbacks`, those of
-the rules for layers in `attnlrp_fx.calculus.contributions`.
+is its formula, which listings show. What computes the formulas is in
+`attnlrp_fx.calculus.pullbacks`, for the rules for layers in `attnlrp_fx.calculus.contributions`.
 
 The rules for layers (`Gamma`, `AlphaBeta`, `ZPlus`, `WSquare`, `Flat`, `ZBox`) look at weights:
 they stand where one explained input meets parameters in a matrix product or a convolution. With
@@ -147,8 +147,9 @@ class StatisticConstant(Rule):
 class Attention(Rule):
     """R (1 − w) to the value, R w / 2 each to query and key, less what softmax absorbs.
 
-    Around whatever fused kernel runs. The written-out chain gives value 1/2 (eq. 15) and, through the softmax (eq. 13) and the
-    query-key product (eq. 15), query and key 1/4 each; together a vjp with scaled operands.
+    Around whatever fused kernel runs. The written-out chain gives value 1/2 (eq. 15) and, through
+    the softmax (eq. 13) and the query-key product (eq. 15), query and key 1/4 each; together a vjp
+    with scaled operands.
     """
 
     kinds = frozenset({Kind.ATTENTION})

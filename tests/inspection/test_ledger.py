@@ -1,7 +1,7 @@
 """The ledger on nets small enough to check by hand, and on broken rules, which it must expose."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
