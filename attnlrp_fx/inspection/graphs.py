@@ -12,6 +12,7 @@ from functools import cached_property
 from torch import Tensor, fx
 
 from attnlrp_fx import ops
+from attnlrp_fx.calculus.postings import explained_inputs, is_carrier
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.graph.operators import value_inputs
 from attnlrp_fx.graph.provenance import module_path
@@ -64,7 +65,7 @@ class Graphs:
         """What became of each captured node, by its name."""
         remaining = {node.name: node for node in self.rewritten.graph.nodes}
         standing = {
-            name: node
+            name: _heart(node)
             for node in self.rewritten.graph.nodes
             for name in node.meta.get("stands_for", ())
         }
@@ -127,6 +128,17 @@ class Graphs:
             for node in self.captured.graph.nodes
             if node in needed and node.name not in begin and is_floating(node)
         ]
+
+
+def _heart(node: fx.Node) -> fx.Node:
+    """Of what a pass put in a node's place, the op itself rather than the views behind it."""
+    made_by = node.meta.get("constructed_by")
+    while node.target in ops.RELEVANCE_OPS and is_carrier(node):
+        (before,) = explained_inputs(node)
+        if before.meta.get("constructed_by") != made_by or before.target is ops.source:
+            break
+        node = before
+    return node
 
 
 GRAPHS = ("captured", "rewritten", "program")

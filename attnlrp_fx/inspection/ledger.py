@@ -3,8 +3,9 @@
 For every node, Σ y·c_y = Σ_inputs x·c_x + absorbed, and over the graph the explained inputs'
 relevance and everything absorbed add up to the target's value (law 1). What is measured of a node,
 and what a law gives, is with `attnlrp_fx.calculus.postings`; a `Book` knows the graph and makes a
-ledger of the postings of one explanation, in float64. What a node absorbs by design, as softmax does, is what
-it does not pass on; all else is given by a law, so the sum closes only if every pullback obeys its.
+ledger of the postings of one explanation, in float64. What a node absorbs by design, as softmax
+does, is what it does not pass on; all else is given by a law, so the sum closes only if every
+pullback obeys its.
 """
 
 import re

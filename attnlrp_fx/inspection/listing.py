@@ -1,6 +1,7 @@
 """Graphs as readable Python: each line with the user's line, the rule, and what constructed it."""
 
 import operator
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -124,8 +125,14 @@ def code_of(node: fx.Node) -> str:
         return f"{node.name} = {written(node.args[0])}[{node.args[1]}]"
     arguments = [written(arg) for arg in node.args]
     arguments += [f"{key}={written(value)}" for key, value in node.kwargs.items()]
-    name = f"self.{node.target}" if node.op == "call_module" else op_name(node.target)
+    is_module = node.op == "call_module"
+    name = attribute(str(node.target)) if is_module else op_name(node.target)
     return f"{node.name} = {name}({', '.join(arguments)})"
+
+
+def attribute(path: str) -> str:
+    """What a module holds, as Python: "self.layers[0].weight"."""
+    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", f"self.{path}")
 
 
 def op_name(target: Any) -> str:
@@ -138,7 +145,7 @@ def op_name(target: Any) -> str:
 def written(argument: Any) -> str:
     """An argument as Python."""
     if isinstance(argument, fx.Node):
-        return f"self.{argument.target}" if argument.op == "get_attr" else argument.name
+        return attribute(str(argument.target)) if argument.op == "get_attr" else argument.name
     if isinstance(argument, list | tuple):
         inner = ", ".join(map(written, argument))
         return f"[{inner}]" if isinstance(argument, list) else f"({inner},)"

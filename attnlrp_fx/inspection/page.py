@@ -36,7 +36,8 @@ _DOCUMENT = """<!doctype html>
 <button id="fold" title="Fold everything">fold all</button>
 <button id="fit" title="Show everything that is unfolded">fit</button>
 <span class="find"><input id="search" type="search"
- placeholder="find a node, op, rule, module, line" autocomplete="off" spellcheck="false"><span id="found"></span></span>
+ placeholder="find a node, op, rule, module, line" autocomplete="off" spellcheck="false">
+<span id="found"></span></span>
 </header>
 <main>
 <canvas id="graph" tabindex="0" aria-label="the graph"></canvas>
