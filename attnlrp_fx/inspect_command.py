@@ -1,6 +1,5 @@
 """`attnlrp-fx inspect`: what the compiler makes of a model, checked, printed, or as a page."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,7 +72,11 @@ def inspect(
     ] = None,
     model_explorer: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write the graph as JSON for Google's model-explorer."),
+        typer.Option(
+            metavar="FILE",
+            help="Write the graph, and beside it rules and relevance as node data, for Google's "
+            "model-explorer.",
+        ),
     ] = None,
     flow: Annotated[
         Path | None,
@@ -126,7 +129,7 @@ def inspect(
             if dot is not None:
                 write_atomically(dot, explainer.to_dot(ledger))
             if model_explorer is not None:
-                write_atomically(model_explorer, json.dumps(explainer.to_model_explorer(ledger)))
+                explainer.to_model_explorer(ledger).write(model_explorer)
             if flow is not None and found is not None:
                 found.save(flow)
         console = Console(highlight=False)

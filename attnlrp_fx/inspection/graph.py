@@ -5,13 +5,17 @@ without sizes, parameters and assertions. An edge goes as values do; with a ledg
 relevance that goes back along it.
 """
 
+import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
 from torch import Tensor, fx
 
 from attnlrp_fx import ops
+from attnlrp_fx.files import write_atomically
 from attnlrp_fx.graph.provenance import module_class, module_path, source_line, target_name
 from attnlrp_fx.inspection.graphs import Graphs
 from attnlrp_fx.inspection.ledger import Ledger
@@ -147,12 +151,32 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def to_model_explorer(graphs: Graphs, ledger: Ledger | None = None) -> dict[str, Any]:
-    """What Google's model-explorer (ai-edge-model-explorer) opens as a JSON graph.
+@dataclass(frozen=True)
+class ModelExplorerFiles:
+    """What Google's model-explorer (ai-edge-model-explorer) opens, as its JSON files hold it."""
 
-    Nodes lie in the namespace of their module; rules, and with a ledger relevance, are node data,
-    which the viewer shows as colours and tables.
-    """
+    graph: Mapping[str, Any]
+    """A collection of one graph; nodes lie in the namespace of their module."""
+    node_data: Mapping[str, Mapping[str, Any]]
+    """By name: the rule at each node and, with a ledger, the relevance that it received."""
+
+    def write(self, path: str | Path) -> list[Path]:
+        """Write the graph, and beside it a file for each node data: "graph.rule.json".
+
+        Returns:
+            The files, each written whole or not at all.
+        """
+        goal = Path(path)
+        written = {goal: self.graph}
+        for name, data in self.node_data.items():
+            written[goal.with_name(f"{goal.stem}.{name}.json")] = data
+        for file, content in written.items():
+            write_atomically(file, json.dumps(content))
+        return list(written)
+
+
+def to_model_explorer(graphs: Graphs, ledger: Ledger | None = None) -> ModelExplorerFiles:
+    """The rewritten graph for model-explorer."""
     graph = to_networkx(graphs, ledger)
     by_name = {node.name: node for node in graphs.rewritten.graph.nodes}
     nodes = []
@@ -178,29 +202,34 @@ def to_model_explorer(graphs: Graphs, ledger: Ledger | None = None) -> dict[str,
                 ],
             }
         )
-    found: dict[str, Any] = {"id": "rewritten", "nodes": nodes}
-    data_sets = [_rules_as_data(graph)]
+    node_data = {"rule": {"rewritten": _rules_as_data(graph)}}
     if ledger is not None:
-        data_sets.append(_relevance_as_data(graph, ledger))
-    found["tasksData"] = {"nodeDataProviderData": data_sets}
-    return found
+        node_data["relevance"] = {"rewritten": _relevance_as_data(graph, ledger)}
+    collection = {"label": graphs.composite, "graphs": [{"id": "rewritten", "nodes": nodes}]}
+    return ModelExplorerFiles(collection, node_data)
 
 
 def _rules_as_data(graph: "nx.DiGraph[str]") -> dict[str, Any]:
-    """The rule at each node, in its colour."""
+    """The rule at each node, in its colour; the viewer wants a number, which counts the rules."""
+    rules = dict.fromkeys(d["rule"] for _, d in graph.nodes.data() if d["rule"])
+    number = {rule: i for i, rule in enumerate(rules)}
     results = {
-        name: {"value": data["rule"], "bgColor": colour_of(data["rule"].partition("(")[0])}
+        name: {"value": number[data["rule"]], "bgColor": colour_of(data["rule"].partition("(")[0])}
         for name, data in graph.nodes.data()
         if data["rule"]
     }
-    return {"name": "rule", "results": results}
+    return {
+        "name": f"rule: {', '.join(f'{i} {rule}' for rule, i in number.items())}",
+        "results": results,
+    }
 
 
 def _relevance_as_data(graph: "nx.DiGraph[str]", ledger: Ledger) -> dict[str, Any]:
     """The relevance that each node received."""
     received = {entry.node: entry.received for entry in ledger.entries if entry.node in graph}
-    ends = {"gradient": [{"stop": 0, "bgColor": "#3a80d2"}, {"stop": 1, "bgColor": "#e87818"}]}
-    return {"name": "relevance", "results": {n: {"value": v} for n, v in received.items()}, **ends}
+    gradient = [{"stop": 0, "bgColor": "#3a80d2"}, {"stop": 1, "bgColor": "#e87818"}]
+    results = {name: {"value": value} for name, value in received.items()}
+    return {"name": "relevance", "results": results, "gradient": gradient}
 
 
 def _is_value(node: fx.Node) -> bool:

@@ -1,6 +1,5 @@
 """What an explainer offers for inspection: its graphs as text, as pictures, and as questions."""
 
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,12 @@ from attnlrp_fx.files import write_atomically
 from attnlrp_fx.inspection.audit import Audit
 from attnlrp_fx.inspection.check import PathCheck, check
 from attnlrp_fx.inspection.difference import Difference, difference
-from attnlrp_fx.inspection.graph import to_dot, to_model_explorer, to_networkx
+from attnlrp_fx.inspection.graph import (
+    ModelExplorerFiles,
+    to_dot,
+    to_model_explorer,
+    to_networkx,
+)
 from attnlrp_fx.inspection.graphs import Graphs
 from attnlrp_fx.inspection.ledger import Ledger
 from attnlrp_fx.inspection.listing import Listing, listing
@@ -109,8 +113,8 @@ class Inspectable:
         """The rewritten graph in Graphviz's language, a cluster a module."""
         return to_dot(self._graphs_as_seen, ledger)
 
-    def to_model_explorer(self, ledger: Ledger | None = None) -> Mapping[str, Any]:
-        """The rewritten graph for Google's model-explorer, as what its JSON files hold."""
+    def to_model_explorer(self, ledger: Ledger | None = None) -> ModelExplorerFiles:
+        """The rewritten graph for Google's model-explorer, rules and relevance as node data."""
         return to_model_explorer(self._graphs_as_seen, ledger)
 
     def graph_page(

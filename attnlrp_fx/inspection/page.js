@@ -341,14 +341,15 @@ function overview() {
     el("ul", {}, ...data.ledger.sentences.map(s => el("li", {}, s))),
     el("h3", {}, "paths that carry most"));
   found.push(el("ol", {}, ...data.paths.map(p => el("li", {}, el("button", {class: "go", on: () => light(p)},
-    `${(100 * p.share).toFixed(1)} %, ${p.nodes.length} nodes`), ` through ${waypoints(p)}`))));
+    `${(100 * p.share).toFixed(1)} %, ${p.nodes.length} nodes`), ` by ${waypoints(p)}`))));
   if (onPath.size) found.push(el("button", {class: "go", on: () => { onPath = new Set(); arrange(); panel(-1); }}, "no path"));
   return found;
 }
-function waypoints(path) {  // where it leaves the stream that all paths share
-  const tally = {};
-  path.nodes.forEach(i => { const m = text(nodes[i], "module"); if (m) tally[m] = (tally[m] || 0) + 1; });
-  return Object.entries(tally).sort((a, b) => b[1] - a[1]).slice(0, 3).map(e => e[0]).join(", ");
+const travelled = {};  // by module, how many of the paths pass it
+data.paths.forEach(p => new Set(p.nodes.map(i => text(nodes[i], "module"))).forEach(m => { travelled[m] = (travelled[m] || 0) + 1; }));
+function waypoints(path) {  // what it has and few others have
+  const own = [...new Set(path.nodes.map(i => text(nodes[i], "module")))].filter(m => m && travelled[m] < data.paths.length);
+  return own.sort((a, b) => travelled[a] - travelled[b]).slice(0, 2).join(", ") || "what all of them share";
 }
 function light(path) {
   const on = new Set(path.nodes.map((i, k) => k ? `${path.nodes[k - 1]},${i}` : ""));

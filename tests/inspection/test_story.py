@@ -38,7 +38,13 @@ def test_a_node_that_is_as_it_was() -> None:
     sides = {line.constructed_by.split(" of ")[0] for line in found.program}
     assert sides == {"forward", "relevance"}
     text = printed(found)
-    for part in ("blocks.0.gate", "kind=linear", "W_ji x_i R_j", "relevance", "gate = self.gate(x)"):
+    for part in (
+        "blocks.0.gate",
+        "kind=linear",
+        "W_ji x_i R_j",
+        "relevance",
+        "gate = self.gate(x)",
+    ):
         assert part in text
 
 
@@ -56,9 +62,9 @@ def test_near_misses() -> None:
     """A pattern that almost matched says why, at the node; also of a node that was claimed."""
     explainer = looked().explainer
     graphs = explainer._graphs_as_seen
-    node = graphs.captured.graph.find_nodes(
-        op="call_function", target=torch.ops.aten.softmax.int
-    )[0]
+    node = graphs.captured.graph.find_nodes(op="call_function", target=torch.ops.aten.softmax.int)[
+        0
+    ]
     result = replace(graphs.results[0], near_misses=[f"node '{node.name}' (x): the mask is odd"])
     missed = replace(graphs, results=(result, *graphs.results[1:]))
     found = trace(missed, node)
