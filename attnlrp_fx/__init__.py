@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from attnlrp_fx.evaluate.faithfulness import Curves, Perturbation, perturbation_curves
     from attnlrp_fx.evaluate.tuning import tune
     from attnlrp_fx.heatmap.display import Display
+    from attnlrp_fx.inspection.audit import Audit
+    from attnlrp_fx.inspection.caveats import Caveat
     from attnlrp_fx.inspection.ledger import Ledger
     from attnlrp_fx.rules.composites import COMPOSITES, Composite, Match, epsilon_gamma_box
     from attnlrp_fx.rules.rules import (
@@ -66,8 +68,10 @@ __all__ = [
     "AlphaBeta",
     "Attention",
     "AttnLRPError",
+    "Audit",
     "BackendError",
     "CaptureError",
+    "Caveat",
     "Comparison",
     "Composite",
     "Constant",
@@ -137,6 +141,8 @@ _HOMES = {
     "runtime.explanations": ("Explanations",),
     "evaluate.faithfulness": ("Curves", "Perturbation", "perturbation_curves"),
     "heatmap.display": ("Display",),
+    "inspection.audit": ("Audit",),
+    "inspection.caveats": ("Caveat",),
     "inspection.ledger": ("Ledger",),
     "runtime.mapping": ("Mapped", "Throughput"),
     "rules.rules": (

@@ -116,6 +116,7 @@ def inspect(
                     composite=composite or ("attnlrp-vision" if reads_images else "attnlrp"),
                     backend="eager",
                     fallback="gradient",
+                    dynamic_shapes=None,
                     tokenizer=None if reads_images else reader,
                     on_stage=stage,
                 )
