@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     )
     from attnlrp_fx.evaluate.faithfulness import Curves, Perturbation, perturbation_curves
     from attnlrp_fx.evaluate.tuning import tune
+    from attnlrp_fx.graph.sites import SAE
     from attnlrp_fx.heatmap.display import Display
     from attnlrp_fx.inspection.audit import Audit
     from attnlrp_fx.inspection.caveats import Caveat
     from attnlrp_fx.inspection.ledger import Ledger
+    from attnlrp_fx.neurons import Neuron
     from attnlrp_fx.rules.composites import COMPOSITES, Composite, Match, epsilon_gamma_box
     from attnlrp_fx.rules.rules import (
         AlphaBeta,
@@ -55,16 +57,24 @@ if TYPE_CHECKING:
         ZPlus,
     )
     from attnlrp_fx.runtime.comparison import Comparison
+    from attnlrp_fx.runtime.editing import Ablate, Clamp, Keep, Scale
     from attnlrp_fx.runtime.explainer import ExplainableGraphModule
     from attnlrp_fx.runtime.explanation import Explanation
     from attnlrp_fx.runtime.explanations import Explanations
+    from attnlrp_fx.runtime.flow import Flow
+    from attnlrp_fx.runtime.latent import Latent, Latents
     from attnlrp_fx.runtime.mapping import Mapped, Throughput
+    from attnlrp_fx.runtime.weight_relevance import WeightRelevance
+    from attnlrp_fx.statistics.collect import latent_statistics
+    from attnlrp_fx.statistics.report import LatentStatistics
     from attnlrp_fx.targets import Contrast, Logit, LogProb
 
 __version__ = "0.1.0"
 
 __all__ = [
     "COMPOSITES",
+    "SAE",
+    "Ablate",
     "AlphaBeta",
     "Attention",
     "AttnLRPError",
@@ -72,6 +82,7 @@ __all__ = [
     "BackendError",
     "CaptureError",
     "Caveat",
+    "Clamp",
     "Comparison",
     "Composite",
     "Constant",
@@ -84,11 +95,16 @@ __all__ = [
     "Explanation",
     "Explanations",
     "Flat",
+    "Flow",
     "Gamma",
     "Gradient",
     "Identity",
     "InputError",
     "Join",
+    "Keep",
+    "Latent",
+    "LatentStatistics",
+    "Latents",
     "Ledger",
     "LogProb",
     "Logit",
@@ -96,18 +112,21 @@ __all__ = [
     "Match",
     "MissingExtraError",
     "ModelNotFoundError",
+    "Neuron",
     "NonFiniteError",
     "Pass",
     "PassError",
     "Perturbation",
     "Rule",
     "RuleError",
+    "Scale",
     "StatisticConstant",
     "TargetError",
     "Taylor",
     "Throughput",
     "Uniform",
     "WSquare",
+    "WeightRelevance",
     "Winner",
     "ZBox",
     "ZPlus",
@@ -116,6 +135,7 @@ __all__ = [
     "explain",
     "explain_generation",
     "explain_image",
+    "latent_statistics",
     "perturbation_curves",
     "tune",
 ]
@@ -136,6 +156,11 @@ _HOMES = {
         "RuleError",
         "TargetError",
     ),
+    "neurons": ("Neuron",),
+    "runtime.flow": ("Flow",),
+    "graph.sites": ("SAE",),
+    "runtime.editing": ("Ablate", "Clamp", "Keep", "Scale"),
+    "runtime.latent": ("Latent", "Latents"),
     "runtime.explainer": ("ExplainableGraphModule",),
     "runtime.explanation": ("Explanation",),
     "runtime.explanations": ("Explanations",),
@@ -145,6 +170,9 @@ _HOMES = {
     "inspection.caveats": ("Caveat",),
     "inspection.ledger": ("Ledger",),
     "runtime.mapping": ("Mapped", "Throughput"),
+    "runtime.weight_relevance": ("WeightRelevance",),
+    "statistics.collect": ("latent_statistics",),
+    "statistics.report": ("LatentStatistics",),
     "rules.rules": (
         "AlphaBeta",
         "Attention",

@@ -20,6 +20,7 @@ from attnlrp_fx.errors import InputError
 from attnlrp_fx.files import write_atomically
 from attnlrp_fx.inspect_command import inspect
 from attnlrp_fx.loading import DTYPES, EMBEDDED, IMAGES, TASKS, load, quiet, task_of
+from attnlrp_fx.neurons_command import neuron, neurons
 from attnlrp_fx.questions import check_images, check_texts, inputs_of, target_of
 
 if TYPE_CHECKING:
@@ -308,6 +309,8 @@ def composites(
 
 
 app.command()(inspect)
+app.command()(neurons)
+app.command()(neuron)
 
 
 def _write(

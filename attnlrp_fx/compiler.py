@@ -14,7 +14,9 @@ from attnlrp_fx.codegen.memory import Memory, check_memory
 from attnlrp_fx.codegen.programs import ProgramOptions, Stage
 from attnlrp_fx.codegen.rewriting import rewrite
 from attnlrp_fx.errors import InputError
+from attnlrp_fx.graph.sites import SAE
 from attnlrp_fx.heatmap import Normalisation
+from attnlrp_fx.neurons import Neuron
 from attnlrp_fx.passes import PIPELINE, Pass, PassContext
 from attnlrp_fx.rules.composites import Composite, composite_named
 from attnlrp_fx.runtime.explainer import ExplainableGraphModule, ExplainerOptions
@@ -36,6 +38,8 @@ def compile(
     positions: bool = False,
     target_slice: bool = False,
     audit: bool = False,
+    latent: Sequence[str | SAE] = (),
+    editable: bool = False,
     derived_weights: str = "recompute",
     memory: Memory = "fast",
     regions: bool = True,
@@ -67,6 +71,12 @@ def compile(
             relevance: of a language model's logits that position alone, so that `outputs` hold no
             other. A target that reads more compiles a program more, without slicing.
         audit: whether explanations carry the ledger of where relevance went.
+        latent: latent values whose activation and relevance explanations carry, by role
+            ("mlp.neurons", "attention.heads", "attention.weights", "residual", "router",
+            "experts"), by what modules give ("model.layers.*.mlp.act_fn"; `*` is a part of a path,
+            `**` any number) or take ("input:model.layers.*.mlp"), or by node of the captured
+            graph; a `SAE` makes the features of a sparse autoencoder latent values.
+        editable: whether calls may change these values and mask their relevance.
         derived_weights: what becomes of values made of parameters alone, as |W| under a γ rule:
             "recompute" at every explanation, or "keep", which is faster and takes the memory that
             the report states; see `ExplainableGraphModule.refresh`.
@@ -86,7 +96,8 @@ def compile(
     Raises:
         CaptureError: the model cannot be captured.
         InputError: the inputs do not fit the model's forward, or none can be explained; or
-            positions are to be, and there are none; or what the processor does cannot be undone.
+            positions are to be, and there are none; or what the processor does cannot be undone;
+            or there is no latent value of a name, or relevance never reaches it.
         RuleError: no rule claims an op.
         TargetError: the default target does not exist.
         BackendError: the backend is unknown or failed.
@@ -120,6 +131,8 @@ def compile(
         composite=composite,
         fallback=fallback,
         positions=positions,
+        latent=tuple(latent),
+        editable=editable,
         sliced=_sliced(captured, wanted) if target_slice else (),
     )
     rewriting = rewrite(captured, context, passes)
@@ -135,7 +148,9 @@ def compile(
 
 
 def _sliced(captured: Captured, target: Target) -> tuple[int, ...]:
-    """The outputs of which a target reads one position of each row."""
+    """The outputs of which a target reads one position of each row; none if it is latent."""
+    if isinstance(target, Neuron):
+        return ()
     with torch.no_grad():
         flat = captured.graph_module(*captured.example.values())
     chosen = target.choose(outputs_as_seen(captured, flat, captured.example))

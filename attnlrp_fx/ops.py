@@ -6,8 +6,9 @@ A rewritten graph is the model's graph in which every explained node says which 
     mul  = ops.uniform(aten.mul.Tensor, silu, up)
 
 Each relevance op *is* the op that it wraps, so a rewritten graph runs and returns the model's
-outputs; what differs is how `attnlrp_fx.calculus.pullbacks` takes a coefficient through it. Keyword-only
-arguments are the rule's parameters. `source`, `boundary` and `statistic` are markers.
+outputs; what differs is how `attnlrp_fx.calculus.pullbacks` takes a coefficient through it.
+Keyword-only arguments are the rule's parameters. `source`, `boundary`, `latent` and `statistic` are
+markers.
 """
 
 import operator
@@ -34,6 +35,69 @@ def source(
 def boundary(value: Tensor) -> Tensor:
     """Mark an explained value that one region of a graph takes over from another."""
     return value
+
+
+def latent(
+    value: Tensor,
+    units: Tensor | None = None,
+    places: Tensor | None = None,
+    chosen: Tensor | None = None,
+    *,
+    unit: int = 0,
+) -> Tensor:
+    """Mark a latent value whose activation and relevance are read.
+
+    Where they are given, `units` and `places` say what of its relevance it hands on, see `kept_of`.
+    """
+    return value
+
+
+def kept_of(
+    value: Tensor, units: Tensor, places: Tensor, chosen: Tensor | None = None, *, unit: int
+) -> Tensor:
+    """The share of its relevance that each element of a latent value hands on.
+
+    `unit` is the dimension of the units; the last row of `units`, (3, units), and the last one of
+    `places`, (2, ...) over the other dimensions, are multiplied. Where a dimension holds chosen
+    units, `chosen`, (token, slot), says which.
+    """
+    return _along(units[2], value, unit, chosen) * places[1].unsqueeze(unit)
+
+
+def intervened(
+    value: Tensor, units: Tensor, places: Tensor, chosen: Tensor | None = None, *, unit: int
+) -> Tensor:
+    """A latent value that is changed: units times the first row of `units`, plus the second.
+
+    The first of `places` says where, by 1 and 0. Elsewhere, and by 1 and 0, it is as it was.
+    """
+    where = places[0].unsqueeze(unit)
+    summand = where * _along(units[1], value, unit, chosen)
+    return (value * factor_of(value, units, places, chosen, unit=unit) + summand).to(value.dtype)
+
+
+def factor_of(
+    value: Tensor, units: Tensor, places: Tensor, chosen: Tensor | None = None, *, unit: int
+) -> Tensor:
+    """What `intervened` multiplies each element of a value by."""
+    return 1 + places[0].unsqueeze(unit) * (_along(units[0], value, unit, chosen) - 1)
+
+
+def _along(row: Tensor, value: Tensor, dim: int, chosen: Tensor | None) -> Tensor:
+    """A number for each unit in a shape that broadcasts to the value."""
+    if chosen is not None:
+        return row[chosen].reshape([*chosen.shape, *[1] * (value.dim() - chosen.dim())])
+    return row.reshape([row.shape[0] if d == dim else 1 for d in range(value.dim())])
+
+
+def reconstruction_error(value: Tensor, reconstruction: Tensor) -> Tensor:
+    """What an autoencoder misses of a value, held constant."""
+    return value - reconstruction
+
+
+def rejoined(reconstruction: Tensor, error: Tensor) -> Tensor:
+    """A value put together again of what an autoencoder makes of it and of what it misses."""
+    return reconstruction + error
 
 
 def statistic(value: Tensor) -> Tensor:
@@ -177,6 +241,10 @@ MARKERS: tuple[Op, ...] = (statistic, coefficient, routing)
 """What passes mark for the composite to decide whether it is held constant."""
 
 
+LATENT: tuple[Op, ...] = (latent, intervened, rejoined)
+"""What stands behind a latent value that is asked for; it is explained if the value is."""
+
+
 RULE_PARAMETERS: dict[Op, tuple[str, ...]] = {
     linear: ("epsilon",),
     attention: ("weights",),
@@ -197,4 +265,8 @@ def is_explained(node: fx.Node) -> bool:
         owner = node.args[0]
         assert isinstance(owner, fx.Node)
         return is_explained(owner) and (value.is_floating_point() or value.is_complex())
+    if node.target in LATENT:
+        value = node.args[0]
+        assert isinstance(value, fx.Node)
+        return is_explained(value)
     return node.target in (source, boundary) or node.target in RELEVANCE_OPS

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from attnlrp_fx.errors import TargetError
+from attnlrp_fx.graph.sites import Site
 
 Index = int | Sequence[int] | Tensor | None
 """One number for all rows, one per row, or, in a tensor (batch, M), one per row and target."""
@@ -29,6 +30,8 @@ class Outputs:
     """The model's own output object."""
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     """The inputs whose names end in "attention_mask"."""
+    latent: Mapping[str, tuple[Tensor, Site]] = field(default_factory=dict)
+    """The latent values that can be explained, by name."""
 
 
 class Convention(Protocol):
@@ -45,14 +48,24 @@ class Convention(Protocol):
         ...
 
 
+LatentPlaces = Mapping[str, tuple[int, Site]]
+"""By name of a latent value its place among the flat outputs of a rewritten graph."""
+
+
 def outputs_as_seen(
-    convention: Convention, flat: Sequence[Any], given: Mapping[str, Tensor]
+    convention: Convention,
+    flat: Sequence[Any],
+    given: Mapping[str, Tensor],
+    latent: LatentPlaces | None = None,
 ) -> Outputs:
     """Flat outputs, and the masks among the inputs, as a target sees them."""
     names = convention.output_names
-    named = {names[i]: value for i, value in enumerate(flat) if _is_floating(value)}
+    named = {n: value for n, value in zip(names, flat, strict=False) if _is_floating(value)}
     masks = {n: v for n, v in given.items() if n.endswith("attention_mask") and v.dim() == 2}
-    return Outputs(named, pytree.tree_unflatten(list(flat), convention.output_spec), masks)
+    spec = convention.output_spec
+    tree = pytree.tree_unflatten(list(flat[: spec.num_leaves]), spec)
+    inside = {n: (flat[i], site) for n, (i, site) in (latent or {}).items() if i < len(flat)}
+    return Outputs(named, tree, masks, inside)
 
 
 def _is_floating(value: Any) -> bool:
@@ -318,7 +331,8 @@ def _span_outputs(outputs: Outputs) -> list[str]:
 def _highest_of_span(outputs: Outputs, name: str, position: Index) -> tuple[Tensor, Seed]:
     """The highest start or end logit of a token that is no padding, and its gradient."""
     scores = _scores(outputs, name, position)
-    mask = _mask_of(scores.values, outputs)
+    values = scores.values
+    mask = _mask_of((values.shape[0], values.shape[1]), outputs, values.device)
     allowed = scores.values
     if mask is not None:
         allowed = allowed.masked_fill(mask == 0, -torch.inf)
@@ -422,28 +436,36 @@ def default_scores(outputs: Outputs) -> Tensor | None:
 def _positions(position: Index, scores: Tensor, outputs: Outputs) -> Tensor:
     """(batch,) positions in a (batch, sequence, classes) output."""
     if position is not None:
-        return _checked(position, scores.shape[0], scores.shape[1], "position", scores.device)
-    mask = _mask_of(scores, outputs)
-    length = scores.shape[1]
+        return checked_index(position, scores.shape[0], scores.shape[1], "position", scores.device)
+    return last_real(scores.shape[0], scores.shape[1], outputs, scores.device)
+
+
+def last_real(batch: int, length: int, outputs: Outputs, device: torch.device) -> Tensor:
+    """(batch,) int64: the last position of each row that is no padding.
+
+    Raises:
+        TargetError: a row is all padding.
+    """
+    mask = _mask_of((batch, length), outputs, device)
     if mask is None:
-        return torch.full((scores.shape[0],), length - 1, device=scores.device)
-    if scores.device.type != "meta" and not bool(mask.any(1).all()):
+        return torch.full((batch,), length - 1, device=device)
+    if device.type != "meta" and not bool(mask.any(1).all()):
         raise TargetError(
             "a row of the attention mask is all zero",
             why="its last token, which would be explained, does not exist",
             remedy="drop the row, or name a position",
         )
-    steps = torch.arange(1, length + 1, device=scores.device)
+    steps = torch.arange(1, length + 1, device=device)
     return (steps * (mask != 0)).argmax(1)
 
 
-def _mask_of(scores: Tensor, outputs: Outputs) -> Tensor | None:
+def _mask_of(sizes: tuple[int, int], outputs: Outputs, device: torch.device) -> Tensor | None:
     """The mask of the sequence that the scores belong to: the decoder's, if there is an encoder."""
     names = (*outputs.named, *outputs.masks)
     decoding = any(name.startswith(("encoder", "decoder")) for name in names)
     for name, mask in outputs.masks.items():
-        if name.startswith("decoder") is decoding and mask.shape == scores.shape[:2]:
-            return mask.to(scores.device)
+        if name.startswith("decoder") is decoding and tuple(mask.shape) == sizes:
+            return mask.to(device)
     return None
 
 
@@ -452,10 +474,10 @@ def _indices(index: Index, scores: _Scores, name: str) -> Tensor:
     values = scores.values
     if index is None:
         return values.argmax(1)
-    return _checked(index, values.shape[0], values.shape[1], name, values.device)
+    return checked_index(index, values.shape[0], values.shape[1], name, values.device)
 
 
-def _checked(value: Index, batch: int, size: int, name: str, device: torch.device) -> Tensor:
+def checked_index(value: Index, batch: int, size: int, name: str, device: torch.device) -> Tensor:
     """One index a row, in range."""
     given = torch.as_tensor(value, device=device)
     if given.is_floating_point() or given.dtype == torch.bool:

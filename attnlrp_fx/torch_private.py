@@ -12,7 +12,8 @@
   them at run time only in the calling convention that a rewritten graph no longer has.
 - `outside_of_tracing`: computing with real values while a model is traced.
 - `own_backwards`: no hook tells that an `autograd.Function` is called, so its `apply` is watched.
-- `typical_size`: what a symbolic size would be, from its expression.
+- `typical_size`, `grows_with`: what a symbolic size would be, and whether it is a multiple of
+  another, from their expressions.
 
 `tests/test_torch_private.py` uses each of them, so that an upgrade fails loudly.
 """
@@ -151,6 +152,19 @@ def typical_size(
         with suppress(ZeroDivisionError):
             return float(expression.subs(values))
     return float(typical)
+
+
+def grows_with(size: int | torch.SymInt, other: torch.SymInt) -> bool | None:
+    """Whether a size is a multiple of another; None if it depends on it in another way.
+
+    The other is a symbol of its own.
+    """
+    symbol = other.node.expr
+    if isinstance(size, int) or symbol not in size.node.expr.free_symbols:
+        return False
+    rest = size.node.expr / symbol
+    is_multiple = isinstance(symbol, sympy.Symbol) and symbol not in rest.free_symbols
+    return True if is_multiple else None
 
 
 def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

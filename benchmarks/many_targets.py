@@ -3,7 +3,7 @@
     python benchmarks/many_targets.py                  # 64 classes, 256 positions, 8 layers
     python benchmarks/many_targets.py --tokens 16 --layers 2 --targets 4 --rounds 1
 
-The model is the llama of `explain.py`. Two questions: why each of many classes at the last position
+The model is the llama of `speed.py`. Two questions: why each of many classes at the last position
 (vocabulary projection at that position alone), and why each next token at every position. The peer
 of `peer.py` explains one target a run, with the projection at one position. For the second question
 it runs on the whole text each time, as users of such libraries do, and is given the last position,
@@ -23,9 +23,10 @@ from typing import Annotated, Any
 import peer
 import torch
 import typer
-from explain import llama, text
+from peaks import matrix_peak
 from rich.console import Console
 from rich.table import Table
+from speed import llama, text
 from timing import medians
 from torch import Tensor
 
@@ -130,17 +131,6 @@ def summary(seconds: dict[str, float], targets: int, flops: int, peak: float) ->
 def difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest, relative to the largest relevance."""
     return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
-
-
-def matrix_peak(tries: int = 20) -> float:
-    """Operations a second of the fastest of several products of matrices."""
-    a, b = torch.randn(2, 1024, 1024)
-    best = float("inf")
-    for _ in range(tries):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
 
 
 def show(found: dict[str, Any]) -> None:

@@ -1,8 +1,10 @@
-"""The memory that a call takes: the most that is allocated at a time, beside what was there before.
+"""The most that a call holds in memory at a time, and the most that the machine computes a second.
 
-On the CPU by the record of PyTorch's allocator, on CUDA by its statistics.
+Memory is counted beside what was there before: on the CPU by the record of PyTorch's allocator, on
+CUDA by its statistics.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,3 +31,14 @@ def peak_of(run: Callable[[], Any], device: str) -> int:
             live += event.nbytes()
             most = max(most, live)
     return most
+
+
+def matrix_peak(tries: int = 20) -> float:
+    """Operations a second of the fastest of several products of matrices."""
+    a, b = torch.randn(2, 1024, 1024)
+    best = float("inf")
+    for _ in range(tries):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best

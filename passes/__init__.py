@@ -10,10 +10,13 @@ from attnlrp_fx.passes.assign_rules import assign_rules
 from attnlrp_fx.passes.base import Pass, PassContext, PassResult
 from attnlrp_fx.passes.drop_assertions import drop_assertions
 from attnlrp_fx.passes.drop_identities import drop_identities
+from attnlrp_fx.passes.insert_autoencoders import insert_autoencoders
+from attnlrp_fx.passes.lower_attention import lower_attention
 from attnlrp_fx.passes.lower_bags import lower_bags
 from attnlrp_fx.passes.lower_copies import lower_copies
 from attnlrp_fx.passes.lower_pools import lower_pools
 from attnlrp_fx.passes.lower_rrelu import lower_rrelu
+from attnlrp_fx.passes.mark_latents import mark_latents
 from attnlrp_fx.passes.mark_positions import mark_positions
 from attnlrp_fx.passes.mark_signs import mark_signs
 from attnlrp_fx.passes.mark_sources import mark_sources
@@ -25,6 +28,7 @@ from attnlrp_fx.passes.raise_attention import raise_attention
 from attnlrp_fx.passes.raise_norms import raise_norms
 from attnlrp_fx.passes.raise_routing import raise_routing
 from attnlrp_fx.passes.raise_scans import raise_scans
+from attnlrp_fx.passes.return_latents import return_latents
 from attnlrp_fx.passes.slice_targets import slice_targets
 
 NORMALISE: tuple[Pass, ...] = (
@@ -41,15 +45,24 @@ NORMALISE: tuple[Pass, ...] = (
 RAISE: tuple[Pass, ...] = (
     mark_sources,
     mark_positions,
+    insert_autoencoders,
     raise_attention,
     raise_norms,
     raise_routing,
     raise_scans,
     raise_activations,
+    lower_attention,
+    mark_latents,
 )
 """Passes that recognise what was decomposed."""
 
-ASSIGN: tuple[Pass, ...] = (slice_targets, push_selections, assign_rules, mark_signs)
+ASSIGN: tuple[Pass, ...] = (
+    slice_targets,
+    push_selections,
+    assign_rules,
+    mark_signs,
+    return_latents,
+)
 """Passes that decide what is computed, and write rules into the graph."""
 
 PIPELINE: tuple[Pass, ...] = (*NORMALISE, *RAISE, *ASSIGN)
@@ -105,10 +118,13 @@ __all__ = [
     "assign_rules",
     "drop_assertions",
     "drop_identities",
+    "insert_autoencoders",
+    "lower_attention",
     "lower_bags",
     "lower_copies",
     "lower_pools",
     "lower_rrelu",
+    "mark_latents",
     "mark_positions",
     "mark_signs",
     "mark_sources",
@@ -120,6 +136,7 @@ __all__ = [
     "raise_norms",
     "raise_routing",
     "raise_scans",
+    "return_latents",
     "run_passes",
     "slice_targets",
     "verify",

@@ -39,13 +39,17 @@ def assign_rules(graph_module: fx.GraphModule, context: PassContext) -> PassResu
     result = PassResult("assign_rules")
     graph = graph_module.graph
     values = explained_values(graph)
-    explained = {node for node in values if "rule" not in node.meta and not ops.is_explained(node)}
+    explained = {node for node in values if _is_open(node)}
     roles_of = roles(graph, values)
     parameters = parameter_values(graph)
-    live = {node for node in graph.nodes if ops.is_explained(node)}
+    live = {
+        node for node in graph.nodes if ops.is_explained(node) and node.target not in ops.LATENT
+    }
     rules: dict[fx.Node, tuple[Kind, Rule]] = {}
     for node in graph.nodes:
-        if node in explained and any(leaf in live for leaf in leaves((node.args, node.kwargs))):
+        if node.target in ops.LATENT and node.args[0] in live:
+            live.add(node)
+        elif node in explained and any(leaf in live for leaf in leaves((node.args, node.kwargs))):
             kind = kind_of(node, live)
             rule = _rule(node, kind, roles_of.get(node, set()), context, result)
             site = _site(node, kind, live, parameters)
@@ -64,6 +68,12 @@ def assign_rules(graph_module: fx.GraphModule, context: PassContext) -> PassResu
     if result.changes:
         finish(graph_module)
     return result
+
+
+def _is_open(node: fx.Node) -> bool:
+    """Whether a node has no rule yet, and is no marker that needs none."""
+    is_marker = node.target in ops.LATENT or ops.is_explained(node)
+    return "rule" not in node.meta and not is_marker
 
 
 def _site(node: fx.Node, kind: Kind, live: Set[fx.Node], parameters: Set[fx.Node]) -> Site:

@@ -10,6 +10,7 @@ from attnlrp_fx import ops
 from attnlrp_fx.graph.operators import Kind
 from attnlrp_fx.graph.provenance import describe
 from attnlrp_fx.rules.composites import ATTNLRP, Composite
+from attnlrp_fx.rules.latent_sites import EARLIER
 from attnlrp_fx.torch_private import fake_mode_of
 
 
@@ -25,6 +26,10 @@ class PassContext:
     """What becomes of an op that no rule claims: "error" or "gradient"."""
     positions: bool = False
     """Whether positions are explained with the tokens that stand there, or constant."""
+    latent: tuple[Any, ...] = ()
+    """The latent values that are read, by role, module or node."""
+    editable: bool = False
+    """Whether they can be changed, and their relevance masked."""
     sliced: tuple[int, ...] = ()
     """Flat outputs (batch, sequence, classes) of which the target's position alone is returned."""
 
@@ -54,6 +59,7 @@ Pass = Callable[[fx.GraphModule, PassContext], PassResult]
 def replace(node: fx.Node, new: fx.Node, constructed_by: str) -> None:
     """Put a new node in another's place, provenance included."""
     inherit(new, node, constructed_by)
+    new.meta[EARLIER] = node.meta.get(EARLIER, node.name)
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 

@@ -48,7 +48,8 @@ def push_selections(graph_module: fx.GraphModule, context: PassContext) -> PassR
     starts: dict[fx.Node, Part] = {}
     for node in reversed(graph.nodes):
         part = _agreed(wanted[node])
-        dims = _operand_dims(node, part) if part is not None else None
+        is_whole = node.target is ops.latent and not (context.sliced and len(node.args) == 1)
+        dims = _operand_dims(node, part) if part is not None and not is_whole else None
         if part is not None and dims is not None:
             plans[node] = part, dims
             for i, arg in enumerate(node.args):
@@ -162,7 +163,7 @@ def _operand_dims(node: fx.Node, part: Part) -> dict[int, int] | None:
         return None
     if node.op == "call_module" or is_elementwise(node) or is_op(node, "contiguous", "alias"):
         return _elementwise(node, part)
-    if node.target in ops.MARKERS:
+    if node.target in ops.MARKERS or node.target is ops.latent:
         return {0: part.dim}
     known = next((dims for names, dims in _DIMS.items() if is_op(node, *names)), None)
     if known is None or "attn_mask" in node.kwargs:

@@ -85,6 +85,18 @@ def _is_differentiable(value: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
+class Message:
+    """Part of the relevance R_ij that a layer hands from output j to input i: x_i w_ji a_j.
+
+    A rule that does not share out by the layer's own x and w says by which.
+    """
+
+    x: Tensor
+    weight: Tensor
+    a: Tensor
+
+
+@dataclass(frozen=True)
 class Shares:
     """What an op hands on of the relevance R of its output, to each explained input."""
 
@@ -94,6 +106,10 @@ class Shares:
     """Shares that do not factor by the input, which may be zero; empty if all do."""
     absorbed: Mapping[str, Tensor] = field(default_factory=dict)
     """Scalars by cause: what is handed on to no explained input."""
+    messages: Sequence[Message] = ()
+    """Of a layer, what its coefficients and relevance are sums of; empty: its own products."""
+    kept: Tensor | None = None
+    """Beside messages: what the bias absorbs, in the output's shape; None: there is none."""
 
 
 @dataclass(frozen=True)

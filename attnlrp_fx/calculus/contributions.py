@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnlrp_fx.calculus.calls import Call, Explicit, Shares, parts_of, vjp
+from attnlrp_fx.calculus.calls import Call, Explicit, Message, Shares, parts_of, vjp
 from attnlrp_fx.errors import RuleError
 from attnlrp_fx.graph.operators import is_convolution, product_of
 
@@ -47,26 +47,55 @@ class Layer:
     output: Tensor
     epsilon: float
 
+    @property
+    def given_last(self) -> bool:
+        """Whether the weight stands behind the input."""
+        product = product_of(self.call.op)
+        assert product is not None
+        return self.call.args[product.factors[-1]] is self.given
+
+    def applied(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The same op on another input, weight and bias."""
+        args, kwargs = _with_bias(self.call, bias)
+        output: Tensor = self.call.op(*self._swapped(args, x, weight), **kwargs)
+        return output
+
     def through(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, Transposed]:
         """The same op on another input, weight and bias, and its transpose in the input."""
         args, kwargs = _with_bias(self.call, bias)
 
-        def swapped(value: Any, x: Tensor) -> Any:
-            if isinstance(value, list | tuple):
-                return [swapped(item, x) for item in value]
-            return x if value is self.x else weight if value is self.given else value
-
         def function(x: Tensor) -> Tensor:
-            output: Tensor = self.call.op(*(swapped(arg, x) for arg in args), **kwargs)
-            return output
+            return self.applied(x, weight, bias)
 
-        swapped_args = tuple(swapped(arg, x) for arg in args)
+        swapped = tuple(self._swapped(args, x, weight))
         positions = self.call.positions
-        call = Call(self.call.op, swapped_args, kwargs, (x,), positions, function, 1, (True,))
+        call = Call(self.call.op, swapped, kwargs, (x,), positions, function, 1, (True,))
         output, transposed = vjp(call)
         return output, lambda a: _only(transposed(a))
+
+    def derivative(self, x: Tensor, weight: Tensor, a: Tensor) -> Tensor:
+        """Σ a x over all places: the transpose of the same op in its weight."""
+        args, kwargs = _with_bias(self.call, None)
+        swapped = tuple(self._swapped(args, x, weight))
+        positions = self.call.positions
+
+        def function(weight: Tensor) -> Tensor:
+            return self.applied(x, weight)
+
+        call = Call(self.call.op, swapped, kwargs, (weight,), positions, function, 1, (True,))
+        return _only(vjp(call)[1](a))
+
+    def _swapped(self, args: Sequence[Any], x: Tensor, weight: Tensor) -> list[Any]:
+        """Arguments of the op with another input and weight."""
+
+        def swapped(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return [swapped(item) for item in value]
+            return x if value is self.x else weight if value is self.given else value
+
+        return [swapped(arg) for arg in args]
 
     def divided(
         self, relevance: Tensor, total: Tensor, kept: Tensor | float
@@ -137,13 +166,18 @@ def _with_bias(call: Call, bias: Tensor | None) -> tuple[list[Any], dict[str, An
     return args, kwargs
 
 
-def _spread(layer: Layer, bias: Tensor | None) -> Tensor | float:
+def spread(layer: Layer, bias: Tensor | None) -> Tensor | float:
     """A bias as it is broadcast to the layer's output."""
     if bias is None:
         return 0.0
     if is_convolution(layer.call.op):
         return bias.reshape(-1, *[1] * (layer.weight.dim() - 2))
     return bias
+
+
+def _kept(a: Tensor, kept: Tensor | float) -> Tensor | None:
+    """What the bias absorbs, in the output's shape."""
+    return a * kept if isinstance(kept, Tensor) else None
 
 
 def _with_sign(value: float, is_positive: Tensor, dtype: torch.dtype) -> Tensor:
@@ -177,12 +211,20 @@ def gamma(call: Call) -> tuple[Tensor, Explicit]:
     def pulled(relevance: Tensor) -> Shares:
         sign = _with_sign(half, z > 0, z.dtype)
         total = (1 + half) * z + sign * magnitude
-        kept: Any = _spread(layer, bias)
+        kept: Any = spread(layer, bias)
         kept = (1 + half) * kept + sign * abs(kept)
         a, absorbed = layer.divided(relevance, total, kept)
         by_sign = of_magnitude(sign * a)
         by_sign = by_sign if is_nonnegative else _with_sign(1, x >= 0, x.dtype) * by_sign
-        return Shares([(1 + half) * transposed(a) + by_sign], absorbed=absorbed)
+        return Shares(
+            [(1 + half) * transposed(a) + by_sign],
+            absorbed=absorbed,
+            messages=[
+                Message(x, layer.weight, (1 + half) * a),
+                Message(upright, layer.weight.abs(), sign * a),
+            ],
+            kept=_kept(a, kept),
+        )
 
     return z, Explicit(pulled)
 
@@ -194,8 +236,10 @@ def _rectified_gamma(layer: Layer, share: float) -> tuple[Tensor, Explicit]:
     total, transposed = layer.through(layer.x, weight, bias)
 
     def pulled(relevance: Tensor) -> Shares:
-        a, absorbed = layer.divided(relevance, total, _spread(layer, bias))
-        return Shares([transposed(a)], absorbed=absorbed)
+        kept = spread(layer, bias)
+        a, absorbed = layer.divided(relevance, total, kept)
+        message = Message(layer.x, weight, a)
+        return Shares([transposed(a)], (), absorbed, [message], _kept(a, kept))
 
     return layer.output, Explicit(pulled)
 
@@ -205,7 +249,7 @@ def alpha_beta(call: Call) -> tuple[Tensor, Explicit]:
     layer, options = layer_of(call), call.parameters
     is_nonnegative = options.get("nonnegative", False)
     parts = [
-        (share, *_signed(layer, sign, bias, is_nonnegative), _spread(layer, bias))
+        (share, *_signed(layer, sign, bias, is_nonnegative), spread(layer, bias))
         for share, sign, bias in (
             (options.get("positive", 1.0), 1, _positive(layer.bias)),
             (-options.get("negative", 0.0), -1, _negative(layer.bias)),
@@ -215,31 +259,41 @@ def alpha_beta(call: Call) -> tuple[Tensor, Explicit]:
 
     def pulled(relevance: Tensor) -> Shares:
         shared = [
-            (transposed, *layer.divided(share * relevance, total, kept))
-            for share, total, transposed, kept in parts
+            (used, transposed, *layer.divided(share * relevance, total, kept), kept)
+            for share, total, transposed, used, kept in parts
         ]
-        coefficient: Any = sum(transposed(a) for transposed, a, _ in shared)
+        coefficient: Any = sum(transposed(a) for _, transposed, a, *_ in shared)
+        kept: Any = [k for _, _, a, _, each in shared if (k := _kept(a, each)) is not None]
         absorbed: dict[str, Tensor] = {}
-        for cause, lost in (item for *_, found in shared for item in found.items()):
+        for cause, lost in (item for *_, found, _ in shared for item in found.items()):
             absorbed[cause] = absorbed[cause] + lost if cause in absorbed else lost
-        return Shares([coefficient], absorbed=absorbed)
+        return Shares(
+            [coefficient],
+            absorbed=absorbed,
+            messages=[Message(x, weight, a) for used, _, a, *_ in shared for x, weight in used],
+            kept=torch.stack(kept).sum(0) if kept else None,
+        )
 
     return layer.output, Explicit(pulled)
 
 
 def _signed(
     layer: Layer, sign: int, bias: Tensor | None, is_nonnegative: bool
-) -> tuple[Tensor, Transposed]:
-    """Σ_i z_ij⁺ + b_j⁺, or z_ij⁻ and b_j⁻ for a sign of −1, and the transpose of its weights."""
+) -> tuple[Tensor, Transposed, list[tuple[Tensor, Tensor]]]:
+    """Σ_i z_ij⁺ + b_j⁺, or z_ij⁻ and b_j⁻ for a sign of −1, the transpose of its weights, and the
+    inputs and weights that it consists of."""
     x, own = layer.x, layer.weight
     plus, minus = own.clamp(min=0), own.clamp(max=0)
     same, other = (plus, minus) if sign > 0 else (minus, plus)
     if is_nonnegative:
-        return layer.through(x, same, bias)
-    of_positive, back_positive = layer.through(x.clamp(min=0), same, bias)
-    of_negative, back_negative = layer.through(x.clamp(max=0), other)
-    return of_positive + of_negative, lambda a: torch.where(
-        x >= 0, back_positive(a), back_negative(a)
+        return *layer.through(x, same, bias), [(x, same)]
+    above, below = x.clamp(min=0), x.clamp(max=0)
+    of_positive, back_positive = layer.through(above, same, bias)
+    of_negative, back_negative = layer.through(below, other)
+    return (
+        of_positive + of_negative,
+        lambda a: torch.where(x >= 0, back_positive(a), back_negative(a)),
+        [(above, same), (below, other)],
     )
 
 
@@ -258,11 +312,14 @@ def flat(call: Call) -> tuple[Tensor, Explicit]:
 
 def _by_weight(layer: Layer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Explicit]:
     """Shares in proportion to a weight, whatever the input is."""
-    total, transposed = layer.through(torch.ones_like(layer.x), weight, bias)
+    ones = torch.ones_like(layer.x)
+    total, transposed = layer.through(ones, weight, bias)
 
     def pulled(relevance: Tensor) -> Shares:
-        a, absorbed = layer.divided(relevance, total, _spread(layer, bias))
-        return Shares(relevance=[transposed(a)], absorbed=absorbed)
+        kept = spread(layer, bias)
+        a, absorbed = layer.divided(relevance, total, kept)
+        message = Message(ones, weight, a)
+        return Shares((), [transposed(a)], absorbed, [message], _kept(a, kept))
 
     return layer.output, Explicit(pulled)
 
@@ -275,14 +332,16 @@ def z_box(call: Call) -> tuple[Tensor, Explicit]:
     layer = layer_of(call)
     above = layer.x - _end(call.parameters.get("low", 0.0), layer.x)
     below = layer.x - _end(call.parameters.get("high", 1.0), layer.x)
-    of_above, back_above = layer.through(above, layer.weight.clamp(min=0))
-    of_below, back_below = layer.through(below, layer.weight.clamp(max=0))
+    plus, minus = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
+    of_above, back_above = layer.through(above, plus)
+    of_below, back_below = layer.through(below, minus)
     total = of_above + of_below
 
     def pulled(relevance: Tensor) -> Shares:
         a, absorbed = layer.divided(relevance, total, 0.0)
         shared = above * back_above(a) + below * back_below(a)
-        return Shares(relevance=[shared], absorbed=absorbed)
+        messages = [Message(above, plus, a), Message(below, minus, a)]
+        return Shares((), [shared], absorbed, messages)
 
     return layer.output, Explicit(pulled)
 

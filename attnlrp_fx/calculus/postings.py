@@ -129,7 +129,7 @@ def _following(node: fx.Node, inputs: Sequence[fx.Node], factors: int) -> set[in
 
 def _is_measured(value: fx.Node) -> bool:
     """Whether what a value receives must be measured."""
-    while value.target not in (ops.source, ops.boundary):
+    while value.target not in (ops.source, ops.boundary, *ops.LATENT):
         if value.target in ops.RELEVANCE_OPS and not is_carrier(value):
             return value.target is ops.attention or absorbs_by_design(value, True)
         value = explained_inputs(value)[0]

@@ -25,6 +25,7 @@ from attnlrp_fx.calculus.calls import Call, Explicit, Pullback, Shares, parts_of
 from attnlrp_fx.calculus.postings import TOKENS_MOVED, Account, Postings, postings_of, total
 from attnlrp_fx.calculus.pullbacks import PULLBACKS
 from attnlrp_fx.calculus.relevance import factored, relevance_of
+from attnlrp_fx.calculus.weights import Weighing, Weight, weigh
 from attnlrp_fx.graph.operators import is_elementwise_op, is_op, leaves, product_of, rearranges
 from attnlrp_fx.graph.tokens import FILLS, MOVES, carry
 
@@ -73,6 +74,12 @@ class Reading:
     """Per placeholder at a boundary: the coefficient that it received."""
     factorless: dict[str, Tensor] = field(default_factory=dict)
     """Per placeholder at a boundary: the relevance without a factor that it received."""
+    weights: dict[str, Weight] = field(default_factory=dict)
+    """Per parameter that is asked for and stands in a layer that relevance passed through."""
+    rows_told_apart: bool = True
+    """Whether parameters' relevance is known of each row of the batch."""
+    latent: dict[str, Tensor] = field(default_factory=dict)
+    """Per name of a marker: the relevance of the latent value, float32 or better."""
 
     def hand_out(self, boundary: fx.Node, c: Tensor | None, r: Tensor | None) -> None:
         """Read off what a boundary received."""
@@ -145,6 +152,7 @@ class Tape(Runner):
         annotate: context in which a node's ops run, told the node and "forward" or "relevance".
         watch: told each explained node's value and then its coefficient.
         widest: as in `Runner`.
+        weighing: which parameters' relevance is read as well.
     """
 
     def __init__(
@@ -155,8 +163,10 @@ class Tape(Runner):
         annotate: Annotate = _no_annotation,
         watch: Watch = _no_watch,
         widest: torch.dtype | None = None,
+        weighing: Weighing | None = None,
     ) -> None:
         super().__init__(rewritten, attributes, device, False, widest)
+        self.weighing = weighing
         self.annotate = annotate
         self.watch = watch
         self.pullbacks: dict[fx.Node, Pullback | Explicit] = {}
@@ -242,6 +252,12 @@ class Tape(Runner):
                 elif node.target is ops.source:
                     origin = node.kwargs.get("ids", node.args[0])
                     _add(relevance, origin, self._relevance_of_source(node, *received.pop(node)))
+                elif node.target is ops.latent:
+                    self._read(node, received, reading, audit)
+                elif node.target is ops.intervened:
+                    self._take_back(node, received, reading, audit)
+                elif node.target is ops.rejoined:
+                    self._leave_error(node, received, reading, audit)
                 elif node.target is operator.getitem:
                     received.hand_to_owner(node)
                 else:
@@ -273,6 +289,25 @@ class Tape(Runner):
         if audit is not Audited.NOTHING:
             posted = post(audit is Audited.FEW)
             reading.postings |= {(node.name, account): value for account, value in posted.items()}
+        if self.weighing is not None:
+            self._weigh(node, (c, r), shares, reading, self.weighing)
+
+    def _weigh(
+        self,
+        node: fx.Node,
+        received: tuple[Any, Any],
+        shares: Shares,
+        reading: Reading,
+        weighing: Weighing,
+    ) -> None:
+        """Read off the relevance of a layer's parameters; one that stands twice gets both."""
+        output = self.env[node]
+        found, told = weigh(node, self.calls[node], output, received, shares, self.env, weighing)
+        reading.rows_told_apart &= told
+        for name, weight in found.items():
+            held = reading.weights.get(name)
+            both = weight if held is None else map(operator.add, held, weight)
+            reading.weights[name] = Weight(*both)
 
     def _shares(
         self, node: fx.Node, c: Any, r: Any
@@ -300,14 +335,48 @@ class Tape(Runner):
     def _relevance_of_source(self, node: fx.Node, c: Tensor | None, r: Tensor | None) -> Tensor:
         """R = x·c + r of a source in float32 or better, summed over the features of tokens."""
         value: Tensor = self.env[node]
-        dtype = torch.promote_types(value.dtype, torch.float32)
-        wide = [None if part is None else part.to(dtype) for part in (c, r)]
-        relevance: Tensor = relevance_of(value.to(dtype), *wide)
+        relevance = _wide_relevance(value, c, r)
         ids = node.kwargs.get("ids")
         if not isinstance(ids, fx.Node):
             return relevance
         kept = node.kwargs.get("keep") or range(self.env[ids].dim())
         return relevance.sum([d for d in range(value.dim()) if d not in kept])  # type: ignore[operator]
+
+    def _read(self, node: fx.Node, received: "Received", reading: Reading, audit: Audited) -> None:
+        """Read a latent value's relevance off, and hand on what its condition lets through."""
+        args, unit = self.fetch_args_kwargs_from_env(node)
+        (value, *edits), (c, r) = args, received.pop(node)
+        kept = c, r
+        if edits:
+            share = ops.kept_of(value, *edits, **unit)
+            kept = _times(c, share), _times(r, share)
+        reading.latent[node.name] = _wide_relevance(value, *kept)
+        received.hand_on(node, *kept)
+        if audit is not Audited.NOTHING and edits:
+            reading.postings |= _line(node, (value, c, r), (value, *kept))
+
+    def _take_back(
+        self, node: fx.Node, received: "Received", reading: Reading, audit: Audited
+    ) -> None:
+        """Take what an intervention received to the value that it changed: y = f·x + s."""
+        args, unit = self.fetch_args_kwargs_from_env(node)
+        (value, *edits), (c, r), changed = args, received.pop(node), self.env[node]
+        whole = c if r is None else factored(changed, c, r)[0]
+        coefficient = _times(whole, ops.factor_of(value, *edits, **unit))
+        received.hand_on(node, coefficient, None)
+        if audit is not Audited.NOTHING:
+            reading.postings |= _line(node, (changed, c, r), (value, coefficient, None))
+
+    def _leave_error(
+        self, node: fx.Node, received: "Received", reading: Reading, audit: Audited
+    ) -> None:
+        """Read the relevance of an autoencoder's error off, and hand on the rest."""
+        (decoded, error), (c, r) = self.fetch_args_kwargs_from_env(node)[0], received.pop(node)
+        whole = c if r is None else factored(self.env[node], c, r)[0]
+        reading.latent[node.name] = _wide_relevance(error, whole, None)
+        received.hand_on(node, whole, None)
+        if audit is not Audited.NOTHING:
+            reading.postings |= _line(node, (self.env[node], c, r), (decoded, whole, None))
 
     def _carry(
         self, node: fx.Node, relevance: dict[fx.Node, Tensor], reading: Reading, audit: Audited
@@ -359,6 +428,13 @@ class Received:
         """The coefficient and the relevance of a node, None for what it did not receive."""
         return self.coefficients.pop(node, None), self.relevance.pop(node, None)
 
+    def hand_on(self, node: fx.Node, c: Tensor | None, r: Tensor | None) -> None:
+        """Give what a marker lets through to the value that it marks."""
+        marked: Any = node.args[0]
+        for sums, part in ((self.coefficients, c), (self.relevance, r)):
+            if part is not None:
+                _add(sums, marked, part)
+
     def hand_to_owner(self, node: fx.Node) -> None:
         """Give what one output of an op has received to the op."""
         owner, part = node.args
@@ -366,6 +442,24 @@ class Received:
         for sums in (self.coefficients, self.relevance):
             if node in sums:
                 _add(sums.setdefault(owner, {}), part, sums.pop(node))
+
+
+def _times(part: Tensor | None, share: Tensor) -> Tensor | None:
+    return None if part is None else (part * share).to(part.dtype)
+
+
+def _line(node: fx.Node, arrived: tuple[Any, Any, Any], handed: tuple[Any, Any, Any]) -> Postings:
+    """The postings of a marker, of the value, coefficient and relevance before and behind it."""
+    came, went = (_wide_relevance(*part).sum() for part in (arrived, handed))
+    return {(node.name, 0): went, (node.name, str(node.meta["absorbs"])): came - went}
+
+
+def _wide_relevance(value: Tensor, c: Tensor | None, r: Tensor | None) -> Tensor:
+    """R = x·c + r in float32 or better."""
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    wide = [None if part is None else part.to(dtype) for part in (c, r)]
+    relevance: Tensor = relevance_of(value.to(dtype), *wide)
+    return relevance
 
 
 def _is_affine(call: Call, output: Any) -> bool:

@@ -35,8 +35,10 @@ class Attributes:
 
     def device(self) -> torch.device:
         """Where the model is: the device of its first tensor."""
-        tensors = [*self.values().values()]
-        return tensors[0].device if tensors else torch.device("cpu")
+        for owner in self._owners.values():
+            device: torch.device = getattr(*owner).device
+            return device
+        return next((c.device for c in self._constants.values()), torch.device("cpu"))
 
     def values(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """Every tensor by name, constants on the given device."""
@@ -46,6 +48,13 @@ class Attributes:
                 self._constants[name] = constant = constant.to(device)
             found[name] = constant
         return found
+
+    def parameters(self) -> frozenset[str]:
+        """The names of those that are parameters."""
+        found = (
+            n for n, owner in self._owners.items() if isinstance(getattr(*owner), nn.Parameter)
+        )
+        return frozenset(found)
 
     def check_dtypes(self, values: Mapping[str, Tensor]) -> None:
         """Raise InputError if a parameter's dtype has changed since the model was captured."""

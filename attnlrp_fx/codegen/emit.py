@@ -17,10 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    statically_known_true,
+)
 
 from attnlrp_fx.calculus.postings import Account
 from attnlrp_fx.calculus.tape import Audited, Channel, Received, Tape
+from attnlrp_fx.calculus.weights import Weighing
 from attnlrp_fx.capture.functionalise import relax_views
 from attnlrp_fx.codegen.partition import SEED, Keeping, hoist, split
 from attnlrp_fx.codegen.regions import computed
@@ -51,8 +55,8 @@ class Posting(NamedTuple):
 class Program:
     """A traced graph, whole and split.
 
-    The whole takes (attributes, inputs, seeds) and returns (outputs, what inputs receive,
-    postings).
+    The whole takes (attributes, inputs, seeds) and returns (outputs, what inputs receive, relevance
+    of parameters, of latent values, postings).
     """
 
     graph_module: fx.GraphModule
@@ -65,8 +69,14 @@ class Program:
     """How many outputs the graph has."""
     received: tuple[Port, ...]
     """What inputs have received when it ends; of the model's inputs, their relevance."""
+    weighed: tuple[str, ...]
+    """The parameters whose relevance it returns, two results each; empty unless asked for."""
+    rows_told_apart: bool
+    """Whether their magnitudes are summed over rows."""
     audited: tuple[Posting, ...]
     """The postings that it returns in one tensor; empty unless audited."""
+    latent: tuple[int, ...]
+    """The markers of latent values whose relevance it returns, by their places in the graph."""
     rest: fx.GraphModule
     """The whole, without what is derived from attributes alone."""
     forward: fx.GraphModule
@@ -98,6 +108,10 @@ class EmitOptions:
     """Whether the program also returns the ledger's postings."""
     keeping: Keeping = field(default_factory=Keeping)
     """What the forward side keeps for the relevance side."""
+    weighed: frozenset[str] = frozenset()
+    """The parameters whose relevance the program also returns."""
+    rows: int | torch.SymInt | None = None
+    """How many rows a batch has."""
     keep_derived: bool = False
     """Whether what depends on parameters alone is taken out of both sides."""
 
@@ -125,8 +139,10 @@ def emit(
     outputs = outputs_of(graph)
     mode = fake_mode_of(graph_module)
     received: list[Port] = []
-    audited: list[Posting] = []
     places = {node.name: i for i, node in enumerate(computed(graph))}
+    audited: list[Posting] = []
+    weighed: dict[str, bool] = {}
+    latent: list[str] = []
     traced_last: list[tuple[fx.Node, str]] = []
 
     def annotate(node: fx.Node, phase: str) -> AbstractContextManager[None]:
@@ -135,7 +151,8 @@ def emit(
 
     def program(attributes: dict[str, Tensor], inputs: list[Any], given: list[Tensor]) -> list[Any]:
         moved = options.device if options.device != options.captured_device else None
-        tape = Tape(graph_module, attributes, moved, annotate)
+        weighing = Weighing(options.weighed, _rows(inputs, options)) if options.weighed else None
+        tape = Tape(graph_module, attributes, moved, annotate, weighing=weighing)
         results = tape.run(*inputs)
         arrived = Received()
         for seed, value in zip(seeds, given, strict=True):
@@ -148,8 +165,12 @@ def emit(
         }
         received[:] = found
         audited[:] = [Posting(places[name], account) for name, account in read.postings]
+        latent[:] = read.latent
+        weighed.update(dict.fromkeys(read.weights, read.rows_told_apart))
+        weights = [part for weight in read.weights.values() for part in weight]
         postings = [torch.stack(list(read.postings.values()))] if read.postings else []
-        return [*map(_contiguous, [*results, *found.values()]), *postings]
+        handed = [*results, *found.values(), *weights, *read.latent.values()]
+        return [*map(_contiguous, handed), *postings]
 
     with mode, torch.no_grad():
         fakes = {
@@ -182,7 +203,10 @@ def emit(
         outputs=len(outputs),
         received=tuple(received),
         rest=rest,
+        weighed=tuple(weighed),
+        rows_told_apart=all(weighed.values()),
         audited=tuple(audited),
+        latent=tuple(places[name] for name in latent),
         forward=forward,
         relevance=relevance,
         derived=derived,
@@ -208,6 +232,14 @@ def _on(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> A
     if not isinstance(value, Tensor):
         return value
     return torch.empty(value.shape, dtype=dtype or value.dtype, device=device)
+
+
+def _rows(inputs: Sequence[Any], options: EmitOptions) -> int | torch.SymInt | None:
+    """How many rows the batch has, read off an input; None if none has it."""
+    if isinstance(options.rows, int):
+        return options.rows
+    sizes = (value.shape[0] for value in inputs if isinstance(value, Tensor) and value.dim())
+    return next((size for size in sizes if statically_known_true(size == options.rows)), None)
 
 
 def _contiguous(value: Any) -> Any:

@@ -7,7 +7,8 @@ graph's regions, whose programs a backend has compiled.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -22,10 +23,14 @@ from attnlrp_fx.codegen.heads import head_of
 from attnlrp_fx.codegen.memory import Memory, MemoryPlan, planned
 from attnlrp_fx.codegen.partition import Keeping
 from attnlrp_fx.codegen.regions import regions_of
+from attnlrp_fx.codegen.repeats import Reverse
 from attnlrp_fx.codegen.report import Compilation
 from attnlrp_fx.codegen.schedule import Derivation, Schedule, Step, Values, schedule
+from attnlrp_fx.codegen.unpadded import Unpadded, unpadded
 from attnlrp_fx.graph.operators import outputs_of, placeholders_of
-from attnlrp_fx.passes.slice_targets import POSITIONS
+from attnlrp_fx.passes.mark_latents import markers_of
+from attnlrp_fx.passes.return_latents import RETURNED
+from attnlrp_fx.torch_private import typical_size
 
 Stage = Callable[[str], None]
 
@@ -45,6 +50,8 @@ class ProgramOptions:
     """Whether repeated blocks are compiled once; otherwise everything is one program."""
     on_stage: Stage | None = None
     """Told what is being done, for progress displays."""
+    weights: bool = False
+    """Whether programs return the relevance of parameters."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class Compiled:
     runnables: Mapping[fx.GraphModule, Runnable]
     derived: tuple[tuple[Derived, Mapping[str, int]], ...]
     """What regions keep of values made of parameters alone, and the slots where they go."""
+    reverse: Reverse
+    """Runs the relevance side."""
 
     def start(self, attributes: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Values:
         """Slots that hold all that is given."""
@@ -68,6 +77,16 @@ class Compiled:
         """One step."""
         results: Sequence[Any] = self.runnables[step.graph_module](*arguments)
         return results
+
+
+class Served(NamedTuple):
+    """What a program serves."""
+
+    seeded: tuple[int, ...]
+    """The flat outputs that are explained."""
+    device: torch.device
+    unpadded: bool = False
+    """Whether only inputs without padding, see `attnlrp_fx.codegen.unpadded`."""
 
 
 class Programs:
@@ -95,15 +114,39 @@ class Programs:
         self._options = options
         self._compilations = compilations
         self.captured_device = attributes.device()
-        self.compiled: dict[tuple[tuple[int, ...], torch.device], Compiled] = {}
-        """By the flat outputs that are explained, and the device."""
+        self.compiled: dict[Served, Compiled] = {}
         self._flat: dict[torch.device, fx.GraphModule] = {}
 
-    def compile(self, seeded: tuple[int, ...], device: torch.device) -> Compiled:
-        """The program for some explained outputs on a device, compiled if it is not there yet."""
-        if (seeded, device) not in self.compiled:
-            self.compiled[seeded, device] = self._compile(seeded, device)
-        return self.compiled[seeded, device]
+    def serving(
+        self,
+        seeded: tuple[int, ...],
+        device: torch.device,
+        given: Mapping[str, Tensor],
+        attributes: Mapping[str, Tensor],
+    ) -> Compiled:
+        """The program for some explained outputs and inputs, compiled if it is not there yet.
+
+        As long as no input had padding there is none that could serve one with; and where there
+        is one that serves all, none is compiled for those without.
+        """
+        for_all, for_some = Served(seeded, device), Served(seeded, device, unpadded=True)
+        if for_some in self.compiled or for_all not in self.compiled:
+            without = self._unpadded
+            if without is not None and without.serves(given, attributes):
+                return self._made(for_some)
+        return self._made(for_all)
+
+    def example(self, seeded: tuple[int, ...], device: torch.device) -> Compiled:
+        """The program that serves the example, compiled if it is not there yet."""
+        for_all, for_some = Served(seeded, device), Served(seeded, device, unpadded=True)
+        if for_some in self.compiled or (for_all not in self.compiled and self._unpadded):
+            return self._made(for_some)
+        return self._made(for_all)
+
+    def _made(self, served: Served) -> Compiled:
+        if served not in self.compiled:
+            self.compiled[served] = self._compile(served)
+        return self.compiled[served]
 
     def flat(self, seeded: tuple[int, ...], device: torch.device) -> fx.GraphModule:
         """The program as one graph, traced if it is not there yet."""
@@ -114,12 +157,10 @@ class Programs:
             self._flat[device] = emit(self._rewritten, seeds, values, options).graph_module
         return self._flat[device]
 
-    def planned(
-        self, seeded: tuple[int, ...], device: torch.device
-    ) -> tuple[Schedule, MemoryPlan | None]:
+    def planned(self, served: Served) -> tuple[Schedule, MemoryPlan | None]:
         """A schedule, traced and not compiled, that keeps as much as the options ask for."""
-        made, memory = self._schedule(seeded, device), self._options.memory
-        return planned(made, memory, self._example_of_budget(), self.keeping())
+        made, memory = self._schedule(served), self._options.memory
+        return planned(made, memory, self._example(), self.keeping())
 
     def keeping(self) -> Keeping:
         """Run op by op, an elementwise op done twice costs as much again."""
@@ -143,12 +184,30 @@ class Programs:
     def _placeholders(self) -> dict[str, fx.Node]:
         return {str(node.target): node for node in placeholders_of(self._rewritten)}
 
-    def _compile(self, seeded: tuple[int, ...], device: torch.device) -> Compiled:
+    @cached_property
+    def _unpadded(self) -> Unpadded | None:
+        """The graph for inputs without padding; None if the example has some."""
+        device = self._attributes.device()
+        example = {name: value.to(device) for name, value in self._example().items()}
+        return unpadded(self._rewritten, example, self._attributes.values(device))
+
+    def _graph(self, served: Served) -> fx.GraphModule:
+        if not served.unpadded:
+            return self._rewritten
+        assert self._unpadded is not None
+        return self._unpadded.rewritten
+
+    def _rows(self) -> Any:
+        """How many rows a batch has: the first dimension of the first input."""
+        first = next(iter(self._placeholders().values())).meta["val"]
+        return first.shape[0] if first.dim() else None
+
+    def _compile(self, served: Served) -> Compiled:
         stage = self._options.on_stage or (lambda text: None)
         stage("tracing the program")
         start = time.perf_counter()
-        made, plan = self.planned(seeded, device)
-        backend = "eager" if device.type == "meta" else self._options.backend
+        made, plan = self.planned(served)
+        backend = "eager" if served.device.type == "meta" else self._options.backend
         traced = time.perf_counter()
         stage("compiling the program")
         halves = [step.graph_module for step in (*made.forward, *made.relevance)]
@@ -162,8 +221,9 @@ class Programs:
         sizes = [kept.program.derived_values.values() for kept in made.derived]
         self._compilations.append(
             Compilation(
-                device=str(device),
-                seeded=tuple(self._convention.output_names[i] for i in seeded),
+                device=str(served.device),
+                seeded=tuple(map(self._name, served.seeded)),
+                unpadded=served.unpadded,
                 nodes=sum(len(program.graph_module.graph.nodes) for program in made.distinct),
                 regions=len(made.programs),
                 distinct=len(made.distinct),
@@ -173,28 +233,36 @@ class Programs:
                 memory=plan,
             )
         )
-        return Compiled(made, runnables, derived)
+        return Compiled(made, runnables, derived, Reverse(made))
 
-    def _schedule(self, seeded: tuple[int, ...], device: torch.device) -> Schedule:
-        """Trace the programs for some seeds on a device."""
-        attributes = self._attributes.values()
-        outputs = outputs_of(self._rewritten.graph)
-        entries = {i: self._entry(outputs[i]) for i in seeded}
+    def _name(self, output: int) -> str:
+        """The name of a flat output, or of the latent value that it is."""
+        names = dict(enumerate(self._convention.output_names))
+        for name, marker in markers_of(self._rewritten.graph).items():
+            names[marker.meta[RETURNED][0]] = name
+        return names[output]
+
+    def _schedule(self, served: Served) -> Schedule:
+        """Trace the programs for what is served."""
+        attributes, graph = self._attributes.values(), self._graph(served)
+        outputs = outputs_of(graph.graph)
+        entries = {i: self._entry(outputs[i]) for i in served.seeded}
         cut, inside = self._options.regions, list(entries.values())
-        regions = regions_of(self._rewritten, attributes, inside, cut)
-        return schedule(self._rewritten, regions, entries, attributes, self._emit_options(device))
+        regions = regions_of(graph, attributes, inside, cut)
+        return schedule(graph, regions, entries, attributes, self._emit_options(served.device))
 
-    def _example_of_budget(self) -> dict[str, Tensor]:
-        """The example as it was given, with positions if the program takes some."""
-        given = dict(self._convention.given)
-        if POSITIONS in self._placeholders():
-            first = next(iter(given.values()))
-            given[POSITIONS] = first.new_zeros(len(first), dtype=torch.int64)
+    def _example(self) -> dict[str, Tensor]:
+        """The example as it was given, with what else the program takes."""
+        given, sizes = dict(self._convention.given), self.keeping().sizes
+        for name, node in self._placeholders().items():
+            like = node.meta["val"]
+            shape = [int(typical_size(size, 1, sizes)) for size in like.shape]
+            given.setdefault(name, torch.zeros(shape, dtype=like.dtype))
         return given
 
     def _entry(self, output: fx.Node) -> fx.Node:
-        """Where a seed enters."""
-        head = head_of(output)
+        """Where a seed enters: the weights want the head's part, too."""
+        head = None if self._options.weights else head_of(output)
         return output if head is None else head.projected
 
     def _emit_options(self, device: torch.device) -> EmitOptions:
@@ -203,6 +271,8 @@ class Programs:
             captured_device=self.captured_device,
             audit=self._options.audit,
             keeping=self.keeping(),
+            weighed=self._attributes.parameters() if self._options.weights else frozenset(),
+            rows=self._rows() if self._options.weights else None,
             keep_derived=self._options.derived_weights == "keep",
         )
 

@@ -26,6 +26,8 @@ class Compilation:
     backend_seconds: float
     derived_bytes: int = 0
     """What is kept of values made of parameters alone."""
+    unpadded: bool = False
+    """Whether it serves inputs without padding alone, whose attention needs no mask."""
     memory: MemoryPlan | None = None
     """What is kept of the forward side, if not as much as makes it fastest."""
 
@@ -87,7 +89,8 @@ class Report:
             yield f"  [b]gradient fallback[/b]: {fallback}"
         for done in self.compilations:
             yield (
-                f"program for {', '.join(done.seeded)} on {done.device}: {done.nodes} nodes, "
+                f"program for {', '.join(done.seeded)} on {done.device}"
+                f"{', without padding' if done.unpadded else ''}: {done.nodes} nodes, "
                 f"{done.distinct} distinct of {done.regions} regions, traced in "
                 f"{done.emit_seconds:.1f} s, compiled in {done.backend_seconds:.1f} s"
             )

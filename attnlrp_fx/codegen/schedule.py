@@ -8,7 +8,7 @@ A slot is emptied after the step that reads it last.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from attnlrp_fx.calculus.postings import Account
 from attnlrp_fx.calculus.tape import Channel
+from attnlrp_fx.calculus.weights import Weight
 from attnlrp_fx.codegen.emit import EmitOptions, Port, Program, emit
 from attnlrp_fx.codegen.partition import SEED, Keeping
 from attnlrp_fx.codegen.regions import Region
@@ -36,6 +37,8 @@ class Step:
     """The slots for its results."""
     audited: tuple[tuple[str, Account], ...] = ()
     """The postings of nodes of the rewritten graph that are one result more."""
+    latent: tuple[str, ...] = ()
+    """The markers in it whose latent value's relevance are further results, before the postings."""
     emptied: tuple[int, ...] = ()
     """The slots that no later step reads."""
 
@@ -50,8 +53,12 @@ class Read:
 
     relevance: dict[str, Tensor]
     """By explained input."""
-    postings: dict[tuple[str, Account], float]
+    postings: dict[tuple[str, Account], float] = field(default_factory=dict)
     """By node of the rewritten graph, empty unless audited."""
+    weights: dict[str, Weight] = field(default_factory=dict)
+    """By parameter, empty unless asked for."""
+    latent: dict[str, Tensor] = field(default_factory=dict)
+    """By marker in the rewritten graph: relevance of the latent values that it reaches."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,8 @@ class Schedule:
     """For each of them the slot where its seed enters."""
     explained: Mapping[str, int]
     """The slots of the explained inputs' relevance."""
+    weighed: Mapping[str, tuple[int, int]]
+    """The slots of parameters' relevance, and of its magnitudes."""
     slots: int
     """How many there are."""
 
@@ -136,18 +145,21 @@ class Schedule:
             _add(values, slot, seed)
         audited: list[tuple[str, Account]] = []
         postings: list[Tensor] = []
+        latent: dict[str, Tensor] = {}
         for step in self.relevance:
             results = call(step, [values[slot] for slot in step.arguments], values)
             if step.audited:
                 audited += step.audited
                 postings.append(results[-1])
+            latent.update(zip(step.latent, results[len(step.results) :], strict=False))
             for slot, result in zip(step.results, results, strict=False):
                 _add(values, slot, result)
             for slot in step.emptied:
                 values[slot] = None
         sums = torch.cat(postings).tolist() if postings else []
-        found = dict(zip(audited, sums, strict=True))
-        return Read({name: values[slot] for name, slot in self.explained.items()}, found)
+        relevance = {name: values[slot] for name, slot in self.explained.items()}
+        weights = {n: Weight(values[a], values[b]) for n, (a, b) in self.weighed.items()}
+        return Read(relevance, dict(zip(audited, sums, strict=True)), weights, latent)
 
 
 def _add(values: Values, slot: int, value: Tensor) -> None:
@@ -192,11 +204,17 @@ def _arranged(
     pairs = zip(regions, programs, strict=True)
     places = [_Place(i, region, program, slots) for i, (region, program) in enumerate(pairs)]
     forward = [place.forward() for place in places]
-    used = [p for p in reversed(places) if p.program.received or p.program.audited]
+    used = [p for p in reversed(places) if p.returns]
     relevance = [place.relevance() for place in used]
     placeholders = placeholders_of(rewritten)
     explained = slots.known(Channel.MOVED, placeholders)
-    steps = _emptying([*forward, *relevance], slots, explained.values())
+    weighed = {
+        key[1]: (slot, slots.of("magnitude", key[1]))
+        for key, slot in slots.numbers.items()
+        if key[0] == "weight"
+    }
+    kept = [*explained.values(), *(slot for pair in weighed.values() for slot in pair)]
+    steps = _emptying([*forward, *relevance], slots, kept)
     return Schedule(
         rewritten=rewritten,
         regions=tuple(regions),
@@ -209,6 +227,7 @@ def _arranged(
         outputs=tuple(_output(output, slots) for output in outputs),
         seeds=tuple(slots.of(Channel.COEFFICIENT, node) for node in seeded.values()),
         explained=explained,
+        weighed=weighed,
         inputs=slots.known("value", placeholders),
         attributes={key[1]: slot for key, slot in slots.numbers.items() if key[0] == "attribute"},
         slots=len(slots.numbers),
@@ -232,7 +251,8 @@ def _emit_all(
             for channel in Channel
             if (node, channel) in arriving
         )
-        key = region.signature, seeds
+        asked = tuple(name in options.weighed for name in region.attributes)
+        key = region.signature, seeds, asked
         if key not in known:
             given = {name: attributes[name] for name in region.attributes}
             known[key] = emit(region.graph_module(), seeds, given, options)
@@ -271,6 +291,12 @@ class _Place:
     program: Program
     slots: _Slots
 
+    @property
+    def returns(self) -> bool:
+        """Whether its relevance side returns anything."""
+        program = self.program
+        return bool(program.received or program.weighed or program.audited or program.latent)
+
     def forward(self) -> Step:
         handed = [self.slots.of("value", node) for node in self.region.outputs]
         inputs = placeholders_of(self.program.relevance)
@@ -280,8 +306,13 @@ class _Place:
     def relevance(self) -> Step:
         graph_module, region = self.program.relevance, self.region
         received = [self.slots.of(p.channel, region.inputs[p.place]) for p in self.program.received]
+        own = dict(zip(self.program.attributes, region.attributes, strict=True))
+        for name in self.program.weighed:
+            received += [self.slots.of(kind, own[name]) for kind in ("weight", "magnitude")]
         audited = tuple((region.nodes[p.place].name, p.account) for p in self.program.audited)
-        return Step(graph_module, self._all(graph_module), tuple(received), audited)
+        latent = tuple(region.nodes[i].name for i in self.program.latent)
+        arguments = self._all(graph_module)
+        return Step(graph_module, arguments, tuple(received), audited, latent)
 
     def derivation(self) -> Derivation:
         names = dict(zip(self.program.attributes, self.region.attributes, strict=True))

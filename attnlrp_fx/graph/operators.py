@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnlrp_fx import ops
+
 aten = torch.ops.aten
 
 
@@ -209,16 +211,17 @@ _KINDS: dict[Any, Kind] = {
     **dict.fromkeys(_packets(REDUCTIONS), Kind.REDUCTION),
     **dict.fromkeys(_packets(SELECTIONS), Kind.SELECTION),
     **dict.fromkeys(_packets(ELEMENTWISE_SELECTIONS), Kind.SELECTION),
+    **dict.fromkeys(ops.LATENT, Kind.LINEAR),
 }
 _PARTLY_LINEAR = {getattr(aten, name): linear for name, linear in PARTLY_LINEAR.items()}
 _SUMS = _packets(SUMS)
-_SHAPE_ONLY = _packets(SHAPE_ONLY)
+_SHAPE_ONLY = _packets(SHAPE_ONLY) | {ops.reconstruction_error}
 SHAPE_LENT = {"expand_as": 1, "view_as": 1, "reshape_as": 1, "type_as": 1, "copy": 0}
 """Ops that read shape or dtype alone off one argument, and which."""
 _ELEMENTWISE = _packets(ACTIVATIONS + ELEMENTWISE_LINEAR + ELEMENTWISE_SELECTIONS)
 _ELEMENTWISE_SELECTIONS = _packets(ELEMENTWISE_SELECTIONS)
-_STRUCTURAL = _packets(VIEWS + CASTS)
-_REARRANGEMENTS = _packets(VIEWS + CASTS + REARRANGEMENTS)
+_STRUCTURAL = _packets(VIEWS + CASTS) | {*ops.LATENT}
+_REARRANGEMENTS = _packets(VIEWS + CASTS + REARRANGEMENTS) | {*ops.LATENT}
 _HOMOGENEOUS = _packets(HOMOGENEOUS)
 _JOINS = _packets("add sub cat stack".split())
 _MATRIX_PRODUCTS = frozenset(_PRODUCTS) - _packets(["mul", "addcmul"])

@@ -14,7 +14,7 @@ _FRAME = re.compile(
 def module_path(node: fx.Node) -> str:
     """The path of the innermost module that a node was captured in, '' for the root."""
     stack = _modules(node)
-    return _readable(stack[-1][0]) if stack else ""
+    return readable_path(stack[-1][0]) if stack else ""
 
 
 def module_class(node: fx.Node) -> str:
@@ -72,7 +72,7 @@ def target_name(target: object) -> str:
     return str(target)
 
 
-def _readable(path: str) -> str:
+def readable_path(path: str) -> str:
     """The path as the user writes it, without export's `L['self']` and `._modules['..']`."""
     path = re.sub(r"L\['self'\]\.?", "", path)
     path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)

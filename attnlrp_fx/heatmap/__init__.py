@@ -11,7 +11,7 @@ from attnlrp_fx.heatmap.display import PLAIN, Display
 from attnlrp_fx.heatmap.figure import figure
 from attnlrp_fx.heatmap.html import html_document, html_fragment
 from attnlrp_fx.heatmap.images import Backdrop, Normalisation, backdrop, is_image
-from attnlrp_fx.heatmap.sections import Gallery, Grid, Matrix, Section, TokenStrip
+from attnlrp_fx.heatmap.sections import Gallery, Grid, Matrix, Section, TokenStrip, number
 from attnlrp_fx.heatmap.terminal import terminal
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "html_document",
     "html_fragment",
     "is_image",
+    "number",
     "terminal",
 ]

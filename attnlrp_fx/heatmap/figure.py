@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from attnlrp_fx.errors import MissingExtraError
 from attnlrp_fx.heatmap.display import PLAIN, Display
-from attnlrp_fx.heatmap.sections import Gallery, Section
+from attnlrp_fx.heatmap.sections import Gallery, Matrix, Section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +19,7 @@ MARGIN = 0.2
 """Inches."""
 
 
-def figure(drawn: Sequence[Section | Gallery], display: Display = PLAIN) -> Figure:
+def figure(drawn: Sequence[Section | Gallery | Matrix], display: Display = PLAIN) -> Figure:
     """Tokens as a heat strip wrapped over lines, float inputs as heat maps; light colours.
 
     Characters that no installed font has are drawn as an empty square, so that saving the figure
@@ -46,8 +46,13 @@ def figure(drawn: Sequence[Section | Gallery], display: Display = PLAIN) -> Figu
         ) from error
 
     from attnlrp_fx.heatmap.figure_blocks import WIDTH, blocks_of
+    from attnlrp_fx.heatmap.figure_matrix import matrix_blocks
 
-    blocks = [block for each in drawn for block in blocks_of(each, display)]
+    blocks = [
+        block
+        for each in drawn
+        for block in (matrix_blocks(each) if isinstance(each, Matrix) else blocks_of(each, display))
+    ]
     width = WIDTH + 2 * MARGIN
     height = 2 * MARGIN + sum(block.height for block in blocks)
     drawing = Figure(figsize=(width, height), facecolor="white")

@@ -80,9 +80,9 @@ def _section_blocks(section: Section, display: Display) -> Iterator[Block]:
     subtitle = "     ".join(f"{name} {text}" for name, text in facts(section))
 
     def head(axes: Axes) -> None:
-        _write(axes, section.heading, 0, 0.12, weight="bold")
-        _write(axes, subtitle, 0, 0.34, size=9)
-        _key(axes, *_ends(section.limit), 0.34)
+        write(axes, section.heading, 0, 0.12, weight="bold")
+        write(axes, subtitle, 0, 0.34, size=9)
+        scale_key(axes, *ends(section.limit), 0.34)
 
     yield Block(0.52, head)
     yield from _notes_blocks(notes(section))
@@ -99,7 +99,7 @@ def _gallery_blocks(gallery: Gallery, display: Display) -> Iterator[Block]:
 
     def head(axes: Axes) -> None:
         for i, line in enumerate(title):
-            _write(axes, line, 0, 0.12 + 0.2 * i, weight="bold")
+            write(axes, line, 0, 0.12 + 0.2 * i, weight="bold")
 
     yield Block(0.2 * len(title) + 0.08, head)
     yield from _notes_blocks(gallery_notes(gallery))
@@ -126,7 +126,7 @@ def _lines_block(lines: Sequence[str]) -> Block:
 
 def _write_lines(axes: Axes, lines: Sequence[str]) -> None:
     for i, line in enumerate(lines):
-        _write(axes, line, 0, 0.2 * i + 0.1, size=9, colour="#59616b")
+        write(axes, line, 0, 0.2 * i + 0.1, size=9, colour="#59616b")
 
 
 def _strip_block(strip: TokenStrip, limit: float) -> Block:
@@ -207,7 +207,7 @@ def _hatched(box: Rectangle) -> Rectangle:
 def _grid_blocks(grid: Grid, display: Display) -> Iterator[Block]:
     shown = picture(grid, CELLS, CELLS, display)
     caption = _line_wrapped(shown.caption, WIDTH - KEY)
-    yield _caption_block(caption, *_ends(shown.limit))
+    yield _caption_block(caption, *ends(shown.limit))
     if shown.image is not None:
         yield from _tile_blocks(pair(shown, shown.image))
         return
@@ -217,7 +217,7 @@ def _grid_blocks(grid: Grid, display: Display) -> Iterator[Block]:
         across, down = columns * scale, rows * scale
     else:
         across, down = min(WIDTH, max(2.0, 0.3 * columns)), min(4.0, max(0.25, 0.16 * rows))
-    yield Block(down + 0.1, lambda axes: _draw_picture(axes, shown, (0, 0, across, down)))
+    yield Block(down + 0.1, lambda axes: draw_picture(axes, shown, (0, 0, across, down)))
 
 
 def _caption_block(lines: Sequence[str], low: str, high: str) -> Block:
@@ -225,7 +225,7 @@ def _caption_block(lines: Sequence[str], low: str, high: str) -> Block:
 
     def draw(axes: Axes) -> None:
         _write_lines(axes, lines)
-        _key(axes, low, high, 0.1)
+        scale_key(axes, low, high, 0.1)
 
     return Block(0.2 * len(lines) + 0.08, draw)
 
@@ -249,11 +249,11 @@ def _tile_line(tiles: Sequence[Tile], across: float) -> Block:
         for i, (tile, (rows, columns)) in enumerate(zip(tiles, shapes, strict=True)):
             left, cell = i * (across + GAP), across / max(rows, columns)
             for line, name in enumerate(names[i]):
-                _write(axes, name, left, 0.1 + 0.2 * line, size=9)
-            _draw_picture(axes, tile.shows, (left, top, columns * cell, rows * cell))
+                write(axes, name, left, 0.1 + 0.2 * line, size=9)
+            draw_picture(axes, tile.shows, (left, top, columns * cell, rows * cell))
             for line, said in enumerate(beneath[i]):
                 y = top + down + 0.12 + 0.17 * line
-                _write(axes, said, left, y, size=8, colour="#59616b")
+                write(axes, said, left, y, size=8, colour="#59616b")
 
     return Block(top + down + 0.17 * max(map(len, beneath)) + 0.12, draw)
 
@@ -267,7 +267,7 @@ def _beneath(tile: Tile, across: float) -> list[str]:
     return [line for text in said for line in _line_wrapped(text, across, 8)]
 
 
-def _draw_picture(
+def draw_picture(
     axes: Axes, shown: Picture | Tensor, box: tuple[float, float, float, float]
 ) -> None:
     """Relevance or pixels in a box: left, top, across, down."""
@@ -298,12 +298,12 @@ def _colours() -> Colormap:
     return ramp.with_extremes(bad=hex_colour(NOT_FINITE))
 
 
-def _ends(limit: float) -> tuple[str, str]:
+def ends(limit: float) -> tuple[str, str]:
     """What stands at the ends of a colour scale; nothing for a limit of 0."""
     return (number(-limit), number(limit)) if limit else ("", "")
 
 
-def _key(axes: Axes, low: str, high: str, y: float) -> None:
+def scale_key(axes: Axes, low: str, high: str, y: float) -> None:
     """The colour scale between the words for its ends, at the right end of a line."""
     if not high:
         return
@@ -316,11 +316,11 @@ def _key(axes: Axes, low: str, high: str, y: float) -> None:
     axes.add_patch(
         Rectangle(frame, cells * cell, 0.1, fill=False, edgecolor="#c8ccd2", linewidth=0.8)
     )
-    _write(axes, low, frame[0] - 0.06, y, size=8, align="right")
-    _write(axes, high, right + 0.06, y, size=8)
+    write(axes, low, frame[0] - 0.06, y, size=8, align="right")
+    write(axes, high, right + 0.06, y, size=8)
 
 
-def _write(
+def write(
     axes: Axes,
     text: str,
     x: float,

@@ -74,6 +74,8 @@ class Section:
     grids: tuple[Grid, ...] = ()
     row: int | None = None
     """Which row, if there are several."""
+    measure: str = "relevance"
+    """What the numbers are: relevance, or the activation of a neuron."""
 
     @property
     def heading(self) -> str:
@@ -133,16 +135,20 @@ class Gallery:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One row of the batch under several targets, by name: a table with a line a target.
+    """One row of the batch under several targets or at several layers, by name: a line each.
 
     The sections have the same tokens. All lines of a table share one scale.
     """
 
     names: tuple[str, ...]
     sections: tuple[Section, ...]
+    title: str | None = None
+    """What stands above it; None: how many targets there are."""
 
     @property
     def heading(self) -> str:
+        if self.title is not None:
+            return self.title
         return replace(self.sections[0], title=f"{len(self.sections)} targets").heading
 
     @property
@@ -171,7 +177,7 @@ def share_of_value(total: float, value: float | None, name: str = "the value") -
 def facts(section: Section) -> list[tuple[str, str]]:
     """What stands beside the title, a name and its number each."""
     value = [] if section.value is None else [("value", number(section.value))]
-    return [*value, ("sum of relevance", share_of_value(section.total, section.value))]
+    return [*value, (f"sum of {section.measure}", share_of_value(section.total, section.value))]
 
 
 def notes(section: Section) -> list[str]:

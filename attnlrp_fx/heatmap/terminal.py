@@ -10,9 +10,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from attnlrp_fx.heatmap import matrices
 from attnlrp_fx.heatmap.pictures import Picture, picture
 from attnlrp_fx.heatmap.scale import DARK, STEPS, hex_colour, ink, level
-from attnlrp_fx.heatmap.sections import Section, facts, notes, number
+from attnlrp_fx.heatmap.sections import Matrix, Section, facts, notes, number
 from attnlrp_fx.heatmap.spelling import pieces, visible
 
 # For terminals that cannot show `DARK` itself, the nearest of what they have.
@@ -29,7 +30,10 @@ BAR = 10
 
 
 def terminal(
-    sections: Sequence[Section], colours: str | None, ascii_only: bool = False, width: int = 80
+    sections: Sequence[Section | Matrix],
+    colours: str | None,
+    ascii_only: bool = False,
+    width: int = 80,
 ) -> Iterator[RenderableType]:
     """Rich renderables: coloured text, or a table of the strongest tokens without colour.
 
@@ -39,6 +43,10 @@ def terminal(
         if i:
             yield Text()
         head = _line(section.heading, "bold")
+        if isinstance(section, Matrix):
+            yield head
+            yield from _matrix(section, colours, width)
+            continue
         for name, text in facts(section):
             head.append(f"   {name} {text}", style="not bold")
         yield head
@@ -48,6 +56,15 @@ def terminal(
             yield from _plain_section(section, ascii_only)
         else:
             yield from _coloured_section(section, colours, width)
+
+
+def _matrix(matrix: Matrix, colours: str | None, width: int) -> Iterator[RenderableType]:
+    if colours is None:
+        yield from matrices.plain(matrix)
+        return
+    yield from matrices.coloured(matrix, lambda share: colour_name(share, colours), width)
+    if matrix.limit:
+        yield _key(matrix.limit, colours)
 
 
 def _line(text: str, style: str = "") -> Text:

@@ -245,7 +245,7 @@ class Book:
                 origin = node.kwargs.get("ids", node.args[0])
                 read = [origin] if isinstance(origin, fx.Node) else []
             elif ops.is_explained(node):
-                read = node.all_input_nodes
+                read = node.all_input_nodes[:1]
             elif node.op == "call_function":
                 read = []
             else:
@@ -291,7 +291,7 @@ class Book:
                 continue
             arrived = received.get(name, 0.0)
             passed = {k: v for k, v in posted.items() if isinstance(k, int)}
-            if line.is_carrier:
+            if line.is_carrier and not posted:
                 passed = {0: arrived}
             elif line.has_rule and not absorbs_by_design(line.node, bool(passed)):
                 passed |= _following(line, arrived, posted)
@@ -304,9 +304,11 @@ class Book:
             causes = {k: v for k, v in posted.items() if isinstance(k, str)}
             if TOKENS_MOVED in causes:
                 arrived = handed + causes[TOKENS_MOVED]
-            elif not line.has_rule:
+            elif not line.has_rule and not causes:
                 continue
-            elif not line.is_carrier and absorbs_by_design(line.node, bool(passed)):
+            elif (
+                line.has_rule and not line.is_carrier and absorbs_by_design(line.node, bool(passed))
+            ):
                 causes[_cause_by_design(line.node)] = arrived - handed - sum(causes.values())
             entries.append(Entry(*line.described, arrived, handed, causes))
         whole = sum(seeded.values())

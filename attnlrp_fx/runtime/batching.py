@@ -14,8 +14,8 @@ Everything else shares a batch only with samples of its own sizes.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import Any
+from itertools import count, islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -205,6 +205,12 @@ class Window:
 
     batches: list[Batch]
     error: AttnLRPError | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches; then the error, if there is one."""
+        yield from self.batches
+        if self.error is not None:
+            raise self.error
 
     def pin_memory(self) -> "Window":
         """The same with each batch pinned; called by the data loader."""
@@ -556,17 +562,35 @@ def _merged(targets: Sequence[Target | None]) -> Target | None:
 # Data sets
 
 
+class Part(NamedTuple):
+    """Some of a data set's windows: every `step`-th from the one numbered `first` on."""
+
+    first: int = 0
+    step: int = 1
+    done: int = 0
+    """How many windows of this part are left out at its beginning."""
+
+    @property
+    def start(self) -> int:
+        """The number of its first window."""
+        return self.first + self.done * self.step
+
+
+WHOLE = Part()
+
+
 class Windows(Dataset[Window]):
     """The windows of a data set that can be read at any place."""
 
-    def __init__(self, dataset: Any, batcher: Batcher) -> None:
-        self.dataset, self.batcher = dataset, batcher
+    def __init__(self, dataset: Any, batcher: Batcher, part: Part = WHOLE) -> None:
+        self.dataset, self.batcher, self.part = dataset, batcher, part
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // self.batcher.samples)
+        windows = -(-len(self.dataset) // self.batcher.samples)
+        return max(0, -(-(windows - self.part.start) // self.part.step))
 
     def __getitem__(self, number: int) -> Window:
-        start = number * self.batcher.samples
+        start = (self.part.start + number * self.part.step) * self.batcher.samples
         stop = min(start + self.batcher.samples, len(self.dataset))
         return self.batcher([(i, self.dataset[i]) for i in range(start, stop)])
 
@@ -574,16 +598,21 @@ class Windows(Dataset[Window]):
 class StreamedWindows(IterableDataset[Window]):
     """The windows of a data set that is read from its beginning."""
 
-    def __init__(self, dataset: Iterable[Any], batcher: Batcher) -> None:
-        self.dataset, self.batcher = dataset, batcher
+    def __init__(self, dataset: Iterable[Any], batcher: Batcher, part: Part = WHOLE) -> None:
+        self.dataset, self.batcher, self.part = dataset, batcher, part
 
     def __iter__(self) -> Iterator[Window]:
         numbered = iter(enumerate(self.dataset))
-        while chunk := list(islice(numbered, self.batcher.samples)):
-            yield self.batcher(chunk)
+        for number in count():
+            chunk = list(islice(numbered, self.batcher.samples))
+            if not chunk:
+                return
+            behind = number - self.part.start
+            if behind >= 0 and behind % self.part.step == 0:
+                yield self.batcher(chunk)
 
 
-def windows_of(dataset: Any, batcher: Batcher) -> Windows | StreamedWindows:
+def windows_of(dataset: Any, batcher: Batcher, part: Part = WHOLE) -> Windows | StreamedWindows:
     """A data set of windows from one of samples.
 
     Raises:
@@ -597,10 +626,10 @@ def windows_of(dataset: Any, batcher: Batcher) -> Windows | StreamedWindows:
         )
     streamed = isinstance(dataset, IterableDataset)
     if isinstance(dataset, Sequence | Dataset) and not streamed and hasattr(dataset, "__len__"):
-        return Windows(dataset, batcher)
+        return Windows(dataset, batcher, part)
     if not isinstance(dataset, Iterable):
         raise InputError(
             f"a {type(dataset).__name__} is not a data set",
             remedy="pass an iterable of samples, or a torch.utils.data.Dataset",
         )
-    return StreamedWindows(dataset, batcher)
+    return StreamedWindows(dataset, batcher, part)

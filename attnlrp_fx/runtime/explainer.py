@@ -1,6 +1,6 @@
 """The explainable graph module: one compiled program, many explanations."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
-from torch.utils import _pytree as pytree
 
 from attnlrp_fx import ops
 from attnlrp_fx.calculus.masking import Masked
 from attnlrp_fx.capture.capture import Captured, flat_inputs
 from attnlrp_fx.codegen.attributes import Attributes
 from attnlrp_fx.codegen.cost import Cost, schedule_cost
-from attnlrp_fx.codegen.programs import Compiled, ProgramOptions, Programs
+from attnlrp_fx.codegen.programs import Compiled, ProgramOptions, Programs, Served
 from attnlrp_fx.codegen.report import Report
 from attnlrp_fx.codegen.rewriting import Rewriting, rewrite
 from attnlrp_fx.codegen.schedule import Read, Values
@@ -27,17 +26,21 @@ from attnlrp_fx.inspection.graphs import Graphs
 from attnlrp_fx.inspection.inspectable import Inspectable
 from attnlrp_fx.inspection.ledger import Book, Ledger
 from attnlrp_fx.inspection.seeded import of_heads, of_outputs
+from attnlrp_fx.neurons import Neuron
 from attnlrp_fx.passes import PassContext
 from attnlrp_fx.passes.slice_targets import POSITIONS
 from attnlrp_fx.rules.composites import Composite, composite_named
 from attnlrp_fx.runtime.batching import Targets
 from attnlrp_fx.runtime.checks import InputChecks, find_non_finite
+from attnlrp_fx.runtime.editing import Conditions, Editing, Interventions
 from attnlrp_fx.runtime.explanation import Explanation
 from attnlrp_fx.runtime.explanations import Explanations
 from attnlrp_fx.runtime.generation import explain_generation
 from attnlrp_fx.runtime.labels import Labels
+from attnlrp_fx.runtime.latent import latent_outputs, read_latents
 from attnlrp_fx.runtime.mapping import Mapped, map_dataset
 from attnlrp_fx.runtime.seeding import Seeds, entering, kinds_of, seeds_of
+from attnlrp_fx.runtime.weight_relevance import Sums, Weighed, WeightRelevance, weight_relevance
 from attnlrp_fx.targets import (
     Chosen,
     Outputs,
@@ -76,6 +79,8 @@ class _Forward:
     given: dict[str, Tensor]
     flat: list[Any]
     """The flat outputs."""
+    seen: Outputs
+    """The outputs as targets see them."""
     values: Values
     """The slots, with what relevance needs."""
 
@@ -147,10 +152,14 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         self._options = options
         self._target = options.target or as_target(None)
         self._attributes = Attributes(model, rewritten)
-        self._checks = InputChecks(rewritten, captured.constants, (POSITIONS,))
+        self._editing = Editing(rewritten)
+        own = (POSITIONS, *self._editing.names)
+        self._checks = InputChecks(rewritten, captured.constants, own)
         self._programs = Programs(
             rewritten, captured, self._attributes, options.programs, self._report.compilations
         )
+        self._latent = latent_outputs(rewritten, bool(rewriting.context.sliced))
+        self._places = {one.site.name: (one.index, one.site) for one in self._latent}
         self._siblings: list[ExplainableGraphModule] = []
         self._seeded: dict[Any, tuple[int, ...]] = {}
         self.eval()
@@ -193,7 +202,9 @@ class ExplainableGraphModule(Inspectable, nn.Module):
             self.rewritten,
             self._attributes.values(device),
             given,
-            lambda flat, read: self._seed(wanted, flat, read),
+            lambda flat, read: seeds_of(
+                wanted, self.rewritten, self._convention, flat, read, self._places
+            ),
             target=str(wanted),
             masks=self._options.labels.masks(given, given),
             device=device if device != self._programs.captured_device else None,
@@ -214,6 +225,8 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         *args: Any,
         target: TargetsLike = None,
         check_finite: bool = False,
+        conditions: Conditions | None = None,
+        interventions: Interventions | None = None,
         **inputs: Any,
     ) -> Explanation | Explanations:
         """Explain a batch.
@@ -226,6 +239,9 @@ class ExplainableGraphModule(Inspectable, nn.Module):
                 list, or by an index or position (batch, M), share one forward pass.
             check_finite: look for NaN and infinity in inputs, outputs and relevance, and name the
                 first node where one arises.
+            conditions: by name of an editable latent value, the units whose relevance alone it
+                hands on, or a `Keep`.
+            interventions: by name of an editable latent value, `Ablate`, `Scale` or `Clamp`.
             **inputs: the model's inputs by name, with the dtypes it was compiled with; batch and
                 sequence of any size.
 
@@ -244,12 +260,14 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         targets, are_several = targets_of(target, self._target)
         given = self._given(args, inputs)
         if not self._slices(targets):
-            return self._whole()(given, target=target, check_finite=check_finite)  # type: ignore[no-any-return]
+            edits = {"conditions": conditions, "interventions": interventions}
+            return self._whole()(given, target=target, check_finite=check_finite, **edits)  # type: ignore[no-any-return]
+        given |= self._edits(given, conditions, interventions)
         with torch.inference_mode(False), torch.no_grad():
             found, forward = self._explain(targets, given, given)
         asked = _at_the_only_position(targets) if self._sliced else targets
         for one in asked if check_finite else ():
-            seeds = self._seed(one, forward.flat, forward.given)[1]
+            seeds = self._seed(one, forward)[1]
             whole = {i: dense(seed, forward.flat[i]) for i, seed in seeds.items()}
             find_non_finite(self.rewritten, self._attributes.values(device), forward.given, whole)
         return Explanations(tuple(found)) if are_several else found[0]
@@ -263,9 +281,10 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         """Explain a batch, or a prefix of it, for several targets; see `Explains`."""
         given = self._given((inputs,), {})
         shown = given if whole is None else dict(self._given((whole,), {}))
+        given = given | self._edits(given)
         with torch.inference_mode(False), torch.no_grad():
             found, forward = self._explain(targets, given, shown)
-        scores = default_scores(self._outputs(forward.flat, given))
+        scores = default_scores(forward.seen)
         return Explanations(tuple(found)), scores
 
     def explain_generation(
@@ -369,6 +388,97 @@ class ExplainableGraphModule(Inspectable, nn.Module):
             progress=progress,
         )
 
+    def weight_relevance(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int | None = None,
+        max_tokens: int | None = None,
+        target: TargetLike = None,
+        targets: Targets | None = None,
+        window: int = 16,
+        workers: int = 0,
+        pad: bool = True,
+        progress: bool = True,
+    ) -> WeightRelevance:
+        """Relevance R_W = W ⊙ ∂ of every layer's parameters, summed over a data set.
+
+        ∂ is Σ a x over all places where a weight is used, of a layer's input x and what arrives at
+        its output: the coefficient, with the ε-rule. Σ R_W of a layer is the relevance of its input
+        (Hatefi et al. 2025, arXiv 2506.13727). The first call compiles a program of its own; other
+        explanations run as before.
+
+        Args:
+            dataset: as in `map`.
+            batch_size: the most rows of a batch; None: 32, or fewer where a layer is so large that
+                its weights, once for each row, take more than 256 MiB.
+            max_tokens, target, targets, window, workers, pad, progress: as in `map`.
+
+        Returns:
+            A mapping from the model's names to Σ R_W over samples, in the parameter's shape; with
+            `absolute`, Σ |R_W|, and `save`, which writes safetensors.
+
+        Raises:
+            InputError: an option or a sample does not fit, or there is nothing to sum.
+            TargetError: a sample's outputs do not have the target.
+
+        Example:
+            >>> import torch, attnlrp_fx
+            >>> mlp = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()).eval()
+            >>> explainer = attnlrp_fx.compile(mlp, torch.ones(2, 3), backend="eager")
+            >>> relevance = explainer.weight_relevance(list(torch.randn(100, 3)))
+            >>> relevance["0.weight"].shape, relevance.samples
+            (torch.Size([4, 3]), 100)
+        """
+        return weight_relevance(
+            self,
+            dataset,
+            batch_size=batch_size,
+            progress=progress,
+            max_tokens=max_tokens,
+            target=target,
+            targets=targets,
+            window=window,
+            workers=workers,
+            pad=pad,
+        )
+
+    def weigh(
+        self, inputs: Mapping[str, Any], target: Target | None, rows: int, sums: Sums
+    ) -> Weighed:
+        """Add the relevance of parameters in a batch's first rows to sums; see `Weighs`."""
+        if not self._options.programs.weights:
+            return self._weighing.weigh(inputs, target, rows, sums)
+        given = self._given((inputs,), {})
+        given |= self._edits(given)
+        wanted = self._target if target is None else target
+        with torch.inference_mode(False), torch.no_grad():
+            forward = self._forward_for([wanted], kinds_of([wanted]), given)
+            made, values = forward.compiled.schedule, forward.values
+            _, seeds = self._seed(wanted, forward)
+            arriving = entering(made, seeds, forward.flat, forward.attributes)
+            for seed in arriving:
+                seed[rows:] = 0
+            for name, slots in made.weighed.items():
+                for slot, held in zip(slots, sums.get(name, ()), strict=False):
+                    values[slot] = held
+            read = made.run_relevance(values, arriving, forward.compiled.run)
+        told = all(program.rows_told_apart for program in made.programs)
+        return Weighed({**sums, **read.weights}, told)
+
+    @cached_property
+    def _weighing(self) -> "ExplainableGraphModule":
+        """The same with programs that return the relevance of parameters."""
+        whole = self._whole()
+        programs = replace(self._options.programs, weights=True, audit=False)
+        options = replace(self._options, programs=programs)
+        seconds = self._report.capture_seconds
+        made = ExplainableGraphModule(
+            self.model, self._convention, whole._rewriting, options, seconds
+        )
+        made._programs.captured_device = self._programs.captured_device
+        return made
+
     def target_values(
         self,
         *args: Any,
@@ -408,13 +518,14 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         moved = device if device != self._programs.captured_device else None
         with torch.no_grad():
             attributes = self._attributes.values(device)
-            flat = Masked(self.rewritten, keep or {}, attributes, moved).run(*given.values())
+            run = Masked(self.rewritten, keep or {}, attributes, moved).run
+            flat = run(*given.values(), *self._edits(given).values())
             wanted = self._target if target is None else as_target(target)
             return wanted.choose(self._outputs(flat, given)).value
 
     def prepare(self) -> "ExplainableGraphModule":
         """Compile the program of the default target now rather than at the first call."""
-        self._programs.compile(self._default_seeds(), self._attributes.device())
+        self._programs.example(self._default_seeds(), self._attributes.device())
         return self
 
     def with_composite(self, composite: str | Composite) -> "ExplainableGraphModule":
@@ -477,13 +588,14 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         given = dict(zip(self._checks.examples, values, strict=True))
         if self._sliced:
             given[POSITIONS] = values[0].new_empty(len(values[0]), dtype=torch.int64)
+        given |= {name: edit.to("meta") for name, edit in self._edits(given).items()}
         seeded, own = self._default_seeds(), self._attributes.device()
         wanted = own if device is None else torch.device(device)
         same = wanted == own
         found = (
-            self._programs.compile(seeded, own).schedule
+            self._programs.example(seeded, own).schedule
             if same
-            else self._programs.planned(seeded, wanted)[0]
+            else self._programs.planned(Served(seeded, wanted))[0]
         )
         return schedule_cost(found, given)
 
@@ -499,21 +611,47 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         if self._sliced:
             filled = {**given, POSITIONS: self._positions(targets[0], given)}
             asked = _at_the_only_position(targets)
-        seeded = self._seeded.get(kinds) or self._default_seeds()
-        forward = self._run_forward(seeded, filled)
-        if kinds not in self._seeded:
-            read = {i for target in asked for i in self._seed(target, forward.flat, filled)[1]}
-            self._seeded[kinds] = seeded if read <= set(seeded) else tuple(sorted(read))
-            if self._seeded[kinds] != seeded:
-                forward = self._run_forward(self._seeded[kinds], filled)
+        forward = self._forward_for(asked, kinds, filled)
+        whole = {name: whole[name] for name in self._checks.examples}
         shown = _Shown.of(whole, self._options.labels)
-        last = len(asked) - 1
         try:
-            found = [self._explain_one(forward, t, shown, i == last) for i, t in enumerate(asked)]
+            found = list(self._explanations(forward, asked, shown))
         except _OtherOutputs:  # a function of the outputs may read others each time
             del self._seeded[kinds], forward
             return self._explain(targets, given, whole)
         return found, forward
+
+    def _forward_for(
+        self, targets: Sequence[Target], kinds: tuple[Any, ...], given: dict[str, Tensor]
+    ) -> _Forward:
+        """A forward pass of the program that has seeds for what targets of some kinds read."""
+        seeded = self._seeded.get(kinds) or self._default_seeds()
+        forward = self._run_forward(seeded, given)
+        if kinds not in self._seeded:
+            read = {i for target in targets for i in self._seed(target, forward)[1]}
+            self._seeded[kinds] = seeded if read <= set(seeded) else tuple(sorted(read))
+            if self._seeded[kinds] != seeded:
+                forward = self._run_forward(self._seeded[kinds], given)
+        return forward
+
+    def _edits(
+        self,
+        given: Mapping[str, Tensor],
+        conditions: Conditions | None = None,
+        interventions: Interventions | None = None,
+    ) -> dict[str, Tensor]:
+        """The inputs that edit latent values, for inputs of some sizes."""
+        sizes, device = self._sizes(given), self._attributes.device()
+        batch = len(next(iter(given.values())))
+        return self._editing.given(sizes, device, batch, conditions, interventions)
+
+    def _sizes(self, given: Mapping[str, Tensor]) -> dict[str, int]:
+        """The size of each symbol."""
+        return {
+            str(expected): size
+            for name, example in self._checks.examples.items()
+            for expected, size in zip(example.shape, given[name].shape, strict=True)
+        }
 
     @property
     def _sliced(self) -> tuple[int, ...]:
@@ -539,11 +677,7 @@ class ExplainableGraphModule(Inspectable, nn.Module):
 
     def _positions(self, target: Target, given: Mapping[str, Tensor]) -> Tensor:
         """Each row's position, found before anything is computed."""
-        sizes = {
-            str(expected): size
-            for name, example in self._checks.examples.items()
-            for expected, size in zip(example.shape, given[name].shape, strict=True)
-        }
+        sizes = self._sizes(given)
         wanted = outputs_of(self.captured.graph)[self._sliced[0]].meta["val"].shape
         shape = [int(typical_size(size, 1, sizes)) for size in wanted]
         names = self._convention.output_names
@@ -555,40 +689,60 @@ class ExplainableGraphModule(Inspectable, nn.Module):
 
     def _run_forward(self, seeded: tuple[int, ...], given: dict[str, Tensor]) -> _Forward:
         device = self._attributes.device()
-        compiled = self._programs.compile(seeded, device)
         attributes = self._attributes.values(device)
+        compiled = self._programs.serving(seeded, device, given, attributes)
         self._attributes.check_dtypes(attributes)
         values = compiled.start(attributes, given)
         flat = compiled.schedule.run_forward(values, compiled.run)
-        return _Forward(compiled, attributes, given, flat, values)
+        return _Forward(compiled, attributes, given, flat, self._outputs(flat, given), values)
 
-    def _explain_one(
-        self, forward: _Forward, target: Target, shown: "_Shown", last: bool
+    def _explanations(
+        self, forward: _Forward, targets: Sequence[Target], shown: "_Shown"
+    ) -> Iterator[Explanation]:
+        """Each target's explanation; the last leaves nothing for another."""
+        made, reverse = forward.compiled.schedule, forward.compiled.reverse
+        step = reverse.at_a_time(forward.values, len(targets))
+        for first in range(0, len(targets), step):
+            some = targets[first : first + step]
+            chosen = [self._seed(target, forward) for target in some]
+            if any(not seeds.keys() <= made.seeded.keys() for _, seeds in chosen):
+                raise _OtherOutputs
+            arriving = [entering(made, s, forward.flat, forward.attributes) for _, s in chosen]
+            is_last = first + step >= len(targets)
+            values = forward.values if is_last else forward.values.copy()
+            reads = reverse.run(values, arriving, forward.compiled.run)
+            for target, (value, seeds), read in zip(some, chosen, reads, strict=True):
+                yield self._explanation(forward, target, value, seeds, read, shown)
+
+    def _explanation(
+        self,
+        forward: _Forward,
+        target: Target,
+        chosen: Chosen,
+        seeds: Seeds,
+        read: Read,
+        shown: "_Shown",
     ) -> Explanation:
-        """One target's explanation; the last one's leaves nothing for another."""
-        made, flat = forward.compiled.schedule, forward.flat
-        chosen, seeds = self._seed(target, flat, forward.given)
-        if not seeds.keys() <= made.seeded.keys():
-            raise _OtherOutputs
-        values = forward.values if last else forward.values.copy()
-        arriving = entering(made, seeds, flat, forward.attributes)
-        read = made.run_relevance(values, arriving, forward.compiled.run)
+        """What was read for one target, with all that an explanation shows."""
+        options, flat = self._options, forward.flat
         names = [name for name in shown.inputs if name in read.relevance]
         classes, is_token = self._classes(flat, seeds)
+        audit = options.programs.audit
         return Explanation(
             relevance={n: _padded(read.relevance[n], shown.inputs[n]) for n in names},
-            outputs=pytree.tree_unflatten(list(flat), self._convention.output_spec),
+            outputs=forward.seen.tree,
             target_value=chosen.value.detach(),
             target=str(target),
             inputs=shown.inputs,
             tokens=shown.tokens(names),
-            mask=self._options.labels.masks(shown.inputs, names),
-            ledger=self._ledger(read, chosen, forward, seeds)
-            if self._options.programs.audit
-            else None,
-            labels=self._options.labels.of_index(chosen.index, classes, is_token),
+            mask=options.labels.masks(shown.inputs, names),
+            ledger=self._ledger(read, chosen, forward, seeds) if audit else None,
+            labels=options.labels.of_index(chosen.index, classes, is_token),
             target_index=chosen.index,
-            normalisation=self._options.normalisation,
+            normalisation=options.normalisation,
+            latent=read_latents(
+                self._latent, flat, read.latent, len(chosen.value), forward.given.get(POSITIONS)
+            ),
         )
 
     def _given(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -607,15 +761,15 @@ class ExplainableGraphModule(Inspectable, nn.Module):
             inputs = {**dict(zip(names, args, strict=False)), **inputs}
         return flat_inputs(inputs)
 
-    def _seed(
-        self, target: Target, flat: Sequence[Any], given: Mapping[str, Tensor]
-    ) -> tuple[Chosen, Seeds]:
+    def _seed(self, target: Target, forward: _Forward) -> tuple[Chosen, Seeds]:
         """The target, and its gradient with respect to each output that it reads."""
-        return seeds_of(target, self.rewritten, self._convention, flat, given)
+        flat, given, seen = forward.flat, forward.given, forward.seen
+        convention, places = self._convention, self._places
+        return seeds_of(target, self.rewritten, convention, flat, given, places, seen)
 
     def _outputs(self, flat: Sequence[Any], given: Mapping[str, Tensor]) -> Outputs:
         """The flat outputs as a target sees them."""
-        return outputs_as_seen(self._convention, flat, given)
+        return outputs_as_seen(self._convention, flat, given, self._places)
 
     def _default_seeds(self) -> tuple[int, ...]:
         """The outputs that the default target reads, found on the example's outputs."""
@@ -623,9 +777,18 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         if kind not in self._seeded:
             example = self._convention.example
             with torch.no_grad():
-                flat = self.captured(*example.values())
-            self._seeded[kind] = tuple(sorted(self._seed(self._target, flat, example)[1]))
+                flat = self._example_outputs(example)
+            found = seeds_of(
+                self._target, self.rewritten, self._convention, flat, example, self._places
+            )
+            self._seeded[kind] = tuple(sorted(found[1]))
         return self._seeded[kind]
+
+    def _example_outputs(self, example: Mapping[str, Tensor]) -> list[Any]:
+        """The flat outputs for the example; with latent values, where the target is one."""
+        if not isinstance(self._target, Neuron):
+            return list(self.captured(*example.values()))
+        return list(self.rewritten(*example.values(), *self._edits(example).values()))
 
     def _classes(self, flat: Sequence[Any], seeded: Iterable[int]) -> tuple[int, bool]:
         """How many classes the explained output has, and whether they are tokens."""

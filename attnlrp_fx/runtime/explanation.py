@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +27,9 @@ from attnlrp_fx import heatmap
 from attnlrp_fx.errors import InputError, MissingExtraError
 from attnlrp_fx.files import write_atomically
 from attnlrp_fx.heatmap.spelling import Spelling, spelling_of
+from attnlrp_fx.runtime.flow import Flow, flow_of
+from attnlrp_fx.runtime.latent import Latents
+from attnlrp_fx.runtime.units import UnitRelevance, top_units
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped, unused-ignore]
@@ -74,6 +77,8 @@ class Explanation:
     """(batch,) int64: the class or token that was explained in each row, where there is one."""
     normalisation: heatmap.Normalisation | None = None
     """What to undo to show an image as it was; None: it is stretched to be seen."""
+    latent: Latents = field(default_factory=Latents)
+    """By name, the latent values that were asked for, with activation and relevance."""
 
     def __post_init__(self) -> None:
         if self.target_value.dim() != 1:
@@ -171,6 +176,7 @@ class Explanation:
             ledger=self.ledger if batch == 1 else None,
             labels=self.labels and [self.labels[index]],
             target_index=None if self.target_index is None else cut(self.target_index),
+            latent=self.latent.row(index, max(own.values(), default=None)),
         )
 
     def _lengths(self, index: int) -> dict[str, int]:
@@ -221,6 +227,40 @@ class Explanation:
             ]
             rows.append(sorted(found, key=lambda entry: -abs(entry.relevance))[:k])
         return rows
+
+    def top_neurons(self, k: int, each_position: bool = False) -> list[list[UnitRelevance]]:
+        """The ``k`` neurons of each row with the largest |relevance|, of all layers together.
+
+        Args:
+            k: how many.
+            each_position: whether a neuron counts at every position by itself, or summed.
+
+        Raises:
+            InputError: ``k`` is less than 1, or there are no neurons among the latent values.
+        """
+        return top_units(self.latent.of_unit("neuron"), k, each_position)
+
+    def top_heads(self, k: int, each_position: bool = False) -> list[list[UnitRelevance]]:
+        """The same of attention heads; `latent=["attention.heads"]`."""
+        return top_units(self.latent.of_role("attention.heads"), k, each_position)
+
+    def top_experts(self, k: int, each_position: bool = False) -> list[list[UnitRelevance]]:
+        """The same of experts; `latent=["experts"]`."""
+        return top_units(self.latent.of_role("experts"), k, each_position)
+
+    def flow(self, role: str | None = None) -> Flow:
+        """Relevance by layer and token: a line a latent value, a column a token.
+
+        Args:
+            role: which latent values; None: the residual stream, or all if it was not asked for.
+
+        Raises:
+            InputError: no latent value has the positions of a token input.
+        """
+        chosen = self.latent.of_role(role or "residual")
+        every = list(self.latent.values()) if role is None else []
+        lengths = {n: r.shape[1] for n, r in self.relevance.items() if self._is_tokens(n)}
+        return flow_of(self.sections()[: len(self)], lengths, chosen or every)
 
     def to_dict(self) -> dict[str, Any]:
         """The explanation as lists, strings and floats; ``outputs`` and the ledger are left out.

@@ -15,7 +15,17 @@ from attnlrp_fx.codegen.heads import head_of
 from attnlrp_fx.codegen.schedule import Schedule
 from attnlrp_fx.errors import TargetError
 from attnlrp_fx.graph.operators import outputs_of
-from attnlrp_fx.targets import Chosen, Convention, Seed, Target, dense, outputs_as_seen
+from attnlrp_fx.neurons import LATENT
+from attnlrp_fx.targets import (
+    Chosen,
+    Convention,
+    LatentPlaces,
+    Outputs,
+    Seed,
+    Target,
+    dense,
+    outputs_as_seen,
+)
 
 Seeds = dict[int, "list[Seed] | Tensor"]
 """By flat output a target's gradient: a list of `Seed`, or a tensor of the output's shape."""
@@ -27,6 +37,8 @@ def seeds_of(
     convention: Convention,
     flat: Sequence[Any],
     given: Mapping[str, Tensor],
+    latent: LatentPlaces | None = None,
+    seen: Outputs | None = None,
 ) -> tuple[Chosen, Seeds]:
     """The target, and its gradient with respect to each output that it reads.
 
@@ -36,15 +48,18 @@ def seeds_of(
         convention: what is known of its outputs.
         flat: the flat outputs.
         given: the inputs.
+        latent: where latent values are among the flat outputs.
+        seen: the outputs as targets see them, if that is known.
 
     Raises:
         TargetError: it reads none, or one that nothing explained leads to.
     """
-    chosen = target.choose(outputs_as_seen(convention, flat, given))
-    names = convention.output_names
+    chosen = target.choose(seen or outputs_as_seen(convention, flat, given, latent))
+    places = {name: i for i, name in enumerate(convention.output_names)}
+    places |= {LATENT + name: i for name, (i, _) in (latent or {}).items()}
     seeds: Seeds = {}
     for seed in chosen.seeds:
-        some = seeds.setdefault(names.index(seed.output), [])
+        some = seeds.setdefault(places[seed.output], [])
         assert isinstance(some, list)
         some.append(seed)
     if not seeds:
@@ -53,7 +68,7 @@ def seeds_of(
     for i in seeds:
         if not ops.is_explained(outputs[i]):
             raise TargetError(
-                f"output '{names[i]}' does not depend on what is explained",
+                f"output '{convention.output_names[i]}' does not depend on what is explained",
                 remedy="choose another output, or explain other inputs",
             )
     return chosen, seeds
@@ -102,7 +117,7 @@ def kinds_of(targets: Sequence[Target]) -> tuple[Any, ...]:
 def _kind(target: Target) -> tuple[Any, ...]:
     return (
         type(target),
-        getattr(target, "output", None),
+        getattr(target, "output", getattr(target, "site", None)),
         getattr(target, "index", None) is None,
         getattr(target, "function", None),
     )

@@ -48,7 +48,7 @@ def storages(tensors: Any) -> dict[int, int]:
 
 def measured_peaks(explainer: ExplainableGraphModule, inputs: dict[str, Tensor]) -> tuple[int, int]:
     """What the forward and the relevance side allocate when they run on the CPU."""
-    compilation = explainer._programs.compile(explainer._default_seeds(), torch.device("cpu"))
+    compilation = explainer._programs.example(explainer._default_seeds(), torch.device("cpu"))
     schedule, attributes = compilation.schedule, explainer._attributes.values()
     values = compilation.start(attributes, inputs)
     own = storages([*attributes.values(), *inputs.values()])

@@ -1,0 +1,347 @@
+"""The commands `attnlrp-fx neurons` and `neuron`: statistics of a data set, and what they say.
+
+Under `torchrun` every process takes its share of the data.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from attnlrp_fx.commands import check_writable, no_collection, one_line_errors, stages
+from attnlrp_fx.errors import InputError
+from attnlrp_fx.files import write_atomically
+from attnlrp_fx.loading import DTYPES, TASKS, load, quiet
+
+if TYPE_CHECKING:
+    from attnlrp_fx.statistics.report import LatentStatistics
+
+
+class Texts:
+    """The texts of a file, read line by line whenever they are gone through.
+
+    Args:
+        path: lines of JSON if its name ends with ".jsonl" or ".json": texts, or objects; or else
+            plain lines. Blank lines do not count.
+        column: the key of the text in an object.
+
+    Raises:
+        InputError: there is no such file.
+    """
+
+    def __init__(self, path: Path, column: str = "text") -> None:
+        if not path.is_file():
+            what = f"'{path}' is a directory" if path.is_dir() else f"there is no '{path}'"
+            raise InputError(what, remedy="name a file with a text a line, or lines of JSON")
+        self.path, self.column = path, column
+        self.is_json = path.suffix.lower() in (".jsonl", ".json", ".ndjson")
+        digest, self._count = hashlib.sha256(), 0
+        with open(path, "rb") as file:
+            for line in file:
+                digest.update(line)
+                self._count += bool(line.strip())
+        self.digest = digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[str]:
+        with open(self.path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield self._text(number, line) if self.is_json else line.rstrip("\r\n")
+
+    def some(self, count: int) -> list[str]:
+        """That many of them, the first again and again if there are fewer.
+
+        Raises:
+            InputError: there are none.
+        """
+        found = list(islice(self, count))
+        if not found:
+            raise InputError(f"'{self.path}' holds no texts", remedy="name another file")
+        return (found * count)[:count]
+
+    def _text(self, number: int, line: str) -> str:
+        where = f"line {number} of '{self.path}'"
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where} is no JSON", why=str(error)) from error
+        text = found.get(self.column) if isinstance(found, dict) else found
+        if not isinstance(text, str):
+            has = f"it has: {', '.join(found)}" if isinstance(found, dict) else f"it is {found!r}"
+            raise InputError(
+                f"{where} has no text '{self.column}'", why=has, remedy="name it with --column"
+            )
+        return text
+
+
+class Cut:
+    """A tokenizer whose texts have a most number of tokens."""
+
+    def __init__(self, tokenizer: Any, length: int) -> None:
+        self._tokenizer, self._length = tokenizer, length
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self._tokenizer(*args, **options, truncation=True, max_length=self._length)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def neurons(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A directory, or a name, as in explain --model.")
+    ],
+    data: Annotated[
+        Path,
+        typer.Argument(metavar="DATA", help="A file: a text a line, or lines of JSON (.jsonl)."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Where results go. A run that was killed goes on if it is started again.",
+            rich_help_panel="Output",
+        ),
+    ],
+    column: Annotated[
+        str, typer.Option(metavar="KEY", help="The text's key in lines of JSON.")
+    ] = "text",
+    latent: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="What to count: a role, as mlp.neurons, or a module; repeat it for several. "
+            "[dim]\\[default: every neuron, head and expert][/dim]",
+            rich_help_panel="Question",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABEL",
+            help="What is explained, as in explain. [dim]\\[default: the highest][/dim]",
+            rich_help_panel="Question",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help=f"What the model does: {', '.join(TASKS)}.",
+            rich_help_panel="Model",
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="Where it runs.", rich_help_panel="Model")
+    ] = "cpu",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help=f"In what it computes: {', '.join(DTYPES)}.",
+            rich_help_panel="Model",
+        ),
+    ] = "float32",
+    composite: Annotated[
+        str, typer.Option(metavar="NAME", help="As in explain.", rich_help_panel="Method")
+    ] = "attnlrp",
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="inductor compiles first, and is worth it for many texts; or eager.",
+            rich_help_panel="Method",
+        ),
+    ] = "inductor",
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", help="Texts in a batch.", rich_help_panel="Method")
+    ] = 16,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Texts are cut to that many tokens. [dim]\\[default: what the model reads][/dim]",
+            rich_help_panel="Method",
+        ),
+    ] = None,
+    top: Annotated[
+        int, typer.Option(metavar="N", help="Top samples of a unit.", rich_help_panel="Output")
+    ] = 5,
+    context: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Tokens kept of each, around the peak.", rich_help_panel="Output"
+        ),
+    ] = 32,
+    quietly: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel="Output")
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Print an error's traceback.", rich_help_panel="Output"),
+    ] = False,
+) -> None:
+    """Collect statistics of every neuron, head and expert over a data set.
+
+    \b
+    attnlrp-fx neurons ./my-model texts.jsonl --out statistics
+    attnlrp-fx neuron statistics
+    torchrun --nproc-per-node 4 -m attnlrp_fx neurons ./my-model texts.jsonl --out statistics
+    """
+    with one_line_errors(debug), no_collection():
+        texts = Texts(data, column)
+        with stages(quietly) as stage:
+            stage("importing PyTorch")
+            from attnlrp_fx.compiler import compile, tokenize
+            from attnlrp_fx.questions import target_of
+            from attnlrp_fx.statistics import store
+
+            store.need_pyarrow()
+            stage("loading the model")
+            place = _join_the_others(device)
+            loaded, tokenizer = load(model, task, place, dtype)
+            cut = Cut(tokenizer, _most(loaded, tokenizer, length))
+            with quiet():
+                explainer = compile(
+                    loaded,
+                    tokenize(cut, texts.some(2)),
+                    composite=composite,
+                    target=target_of(loaded, tokenizer, target, None, []),
+                    backend=backend,
+                    latent=latent or ["units"],
+                    tokenizer=cut,
+                    on_stage=stage,
+                )
+        from attnlrp_fx.statistics.collect import latent_statistics
+
+        with quiet():
+            found = latent_statistics(
+                explainer,
+                texts,
+                out,
+                batch_size=batch_size,
+                top=top,
+                context=context,
+                about={"file": texts.digest, "column": column, "length": length},
+                progress=not quietly,
+            )
+        if int(os.environ.get("RANK", 0)) == 0:
+            _print_largest(found, 10)
+
+
+def neuron(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What attnlrp-fx neurons has written.")
+    ],
+    site: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SITE",
+            help="Where the unit is: a name, or a pattern of one. [dim]\\[default: lists the most "
+            "relevant units][/dim]",
+        ),
+    ] = None,
+    index: Annotated[int, typer.Argument(metavar="INDEX", help="Its number there.")] = 0,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a web page.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers as JSON.")
+    ] = None,
+    count: Annotated[
+        int, typer.Option(metavar="N", help="How many units are listed without a site.")
+    ] = 20,
+    debug: Annotated[bool, typer.Option("--debug", help="Print an error's traceback.")] = False,
+) -> None:
+    """Show a neuron, head or expert: its statistics, and its top samples as heat maps.
+
+    \b
+    attnlrp-fx neuron statistics
+    attnlrp-fx neuron statistics "*layers.5.mlp*" 117 --html neuron.html
+    """
+    with one_line_errors(debug):
+        for path in (html, json_file):
+            check_writable(path)
+        from attnlrp_fx.statistics.report import LatentStatistics
+
+        found = LatentStatistics.open(directory)
+        if site is None:
+            if html is not None or json_file is not None:
+                raise InputError(
+                    "there is no unit to write about", remedy="name its site and index"
+                )
+            _print_largest(found, count)
+            return
+        unit = found.unit(_site(found, site), index)
+        if html is not None:
+            unit.to_html(html)
+        if json_file is not None:
+            write_atomically(json_file, json.dumps(unit.to_dict()) + "\n")
+        Console(highlight=False).print(unit)
+
+
+def _site(found: "LatentStatistics", wanted: str) -> str:
+    """The one site of a name, or that a pattern matches.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    if wanted in found:
+        return wanted
+    matching = [name for name in found if fnmatchcase(name, wanted)]
+    if len(matching) != 1:
+        raise InputError(
+            f"{len(matching) or 'no'} sites match '{wanted}'",
+            remedy=f"choose from: {', '.join(matching or found)}",
+        )
+    return matching[0]
+
+
+def _print_largest(found: "LatentStatistics", count: int) -> None:
+    """The most relevant units as a table."""
+    table = Table(title=str(found), title_justify="left", box=None)
+    for name in ("site", "unit"):
+        table.add_column(name, overflow="fold")
+    for name in ("index", "|relevance|", "relevance", "activation", "active, %", "top sample"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for unit in found.largest(count):
+        top = unit.top["relevance"]
+        table.add_row(
+            unit.site,
+            unit.unit,
+            str(unit.index),
+            f"{unit.mean_absolute['relevance']:.3g}",
+            f"{unit.mean['relevance']:.3g}",
+            f"{unit.mean['activation']:.3g}",
+            f"{100 * unit.active / unit.count:.3g}",
+            str(top[0].sample) if top else "",
+        )
+    Console(highlight=False).print(table)
+
+
+def _join_the_others(device: str) -> str:
+    """Under torchrun, meet the other processes; and this one's device."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return device
+    from torch import cuda, distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    if device == "cuda":
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % cuda.device_count()}"
+    return device
+
+
+def _most(model: Any, tokenizer: Any, length: int | None) -> int:
+    """How many tokens a text may have."""
+    read = getattr(model.config, "max_position_embeddings", None) or 2**20
+    return min(length or read, read, getattr(tokenizer, "model_max_length", read))

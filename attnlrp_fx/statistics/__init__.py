@@ -1,0 +1,1 @@
+"""Statistics of latent units over data sets: streamed, stored, shown, merged."""

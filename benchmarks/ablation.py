@@ -1,0 +1,166 @@
+"""Does relevance find the neurons that matter? Ablate the top k and see the logit move.
+
+    python benchmarks/ablation.py                                  # SmolLM2 and the sentiment model
+    python benchmarks/ablation.py --models sentiment --texts 8 --resamples 200
+
+For each text the neurons of all layers are ranked for the highest logit (of a language model, at
+the last position): by relevance summed over positions, by mean |activation| over positions, and at
+random. The first k are set to zero at every position, and the logit is read again. What is reported
+is how far it falls, and how far it moves in either direction, with 95 % bootstrap intervals over
+texts, and the difference from relevance within each text, which is what an interval must keep from
+zero.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import models
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import attnlrp_fx
+from attnlrp_fx import Ablate, Explanation, Logit
+from attnlrp_fx.loading import load
+
+RESULTS = Path(__file__).parent / "results"
+RELEVANCE, ACTIVATION, RANDOM = "relevance", "activation", "random"
+CAPITALS = {
+    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo",
+    "Russia": "Moscow", "Greece": "Athens", "Austria": "Vienna", "Cuba": "Havana", "Peru": "Lima",
+    "Germany": "Berlin", "Portugal": "Lisbon", "Norway": "Oslo", "Sweden": "Stockholm",
+    "Poland": "Warsaw", "Hungary": "Budapest", "Ireland": "Dublin", "Kenya": "Nairobi",
+    "Iraq": "Baghdad", "Iran": "Tehran", "China": "Beijing", "Thailand": "Bangkok",
+    "Finland": "Helsinki", "Denmark": "Copenhagen",
+}  # fmt: skip
+console = Console()
+
+
+def sentiment(count: int) -> tuple[Any, list[dict[str, Tensor]], dict[str, Any]]:
+    """The embedded classifier, on held-out sentences."""
+    model, tokenizer = load()
+    texts = [sentence for sentence, _ in models.movie_reviews("held_out")[:count]]
+    return model, [dict(tokenizer(one, return_tensors="pt")) for one in texts], {}
+
+
+def smollm2(count: int) -> tuple[Any, list[dict[str, Tensor]], dict[str, Any]]:
+    """SmolLM2-135M, on the names of capitals."""
+    model = AutoModelForCausalLM.from_pretrained(models.smollm2(), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(models.smollm2())
+    texts = [f"The capital of {country} is" for country in [*CAPITALS][:count]]
+    inputs = [dict(tokenizer(one, return_tensors="pt")) for one in texts]
+    return model, inputs, {"logits_to_keep": 1}
+
+
+MODELS = {"sentiment": sentiment, "smollm2": smollm2}
+
+
+def ranking(explanation: Explanation, method: str, seed: int) -> list[tuple[str, int]]:
+    """All neurons, first those that count most."""
+    latents = explanation.latent.of_role("mlp.neurons")
+    names = [(latent.name, unit) for latent in latents for unit in range(latent.units)]
+    if method == RANDOM:
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+    elif method == RELEVANCE:
+        scores = torch.cat([latent.unit_relevance[0].sum(0) for latent in latents])
+        order = scores.argsort(descending=True)
+    else:
+        scores = torch.cat([latent.unit_activation[0].abs().mean(0) for latent in latents])
+        order = scores.argsort(descending=True)
+    return [names[i] for i in order.tolist()]
+
+
+def ablated(neurons: Sequence[tuple[str, int]]) -> dict[str, Ablate]:
+    """The intervention that sets some neurons to zero."""
+    units: dict[str, list[int]] = {}
+    for name, unit in neurons:
+        units.setdefault(name, []).append(unit)
+    return {name: Ablate(some) for name, some in units.items()}
+
+
+def moved(name: str, ks: Sequence[int], count: int) -> dict[tuple[str, int], list[float]]:
+    """By method and k, by how much the logit falls for each text."""
+    model, texts, more = MODELS[name](count)
+    console.print(f"{name}: compiling")
+    explainer = attnlrp_fx.compile(
+        model, {**texts[0], **more}, backend="eager", latent=["mlp.neurons"], editable=True
+    )
+    falls: dict[tuple[str, int], list[float]] = {}
+    for number, inputs in enumerate(track(texts, name, console=console)):
+        plain = explainer(inputs)
+        target = Logit(int(plain.target_index[0]))
+        for method in (RELEVANCE, ACTIVATION, RANDOM):
+            ranked = ranking(plain, method, number)
+            for k in ks:
+                now = explainer(inputs, target=target, interventions=ablated(ranked[:k]))
+                fall = float(plain.target_value[0] - now.target_value[0])
+                falls.setdefault((method, k), []).append(fall)
+    return falls
+
+
+def interval(values: Tensor, resamples: int) -> tuple[float, float, float]:
+    """The mean, and the ends of its 95 % bootstrap interval."""
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    means = values[picks].mean(1)
+    low, high = (float(means.quantile(q)) for q in (0.025, 0.975))
+    return float(values.mean()), low, high
+
+
+def summary(falls: Mapping[tuple[str, int], list[float]], resamples: int) -> list[dict[str, Any]]:
+    """A row a method and k."""
+    rows = []
+    for (method, k), values in falls.items():
+        fall, best = torch.tensor(values), torch.tensor(falls[RELEVANCE, k])
+        rows.append(
+            {
+                "method": method,
+                "k": k,
+                "fall": interval(fall, resamples),
+                "moved": interval(fall.abs(), resamples),
+                "relevance falls further by": interval(best - fall, resamples),
+                "relevance moves further by": interval(best.abs() - fall.abs(), resamples),
+                "texts": len(values),
+            }
+        )
+    return rows
+
+
+def show(name: str, rows: list[dict[str, Any]]) -> None:
+    """A table a model."""
+    table = Table(title=f"{name}, {rows[0]['texts']} texts", title_justify="left", box=None)
+    columns = ("fall", "moved", "relevance falls further by", "relevance moves further by")
+    for column in ("neurons", "ranked by", *columns):
+        table.add_column(column)
+    for row in sorted(rows, key=lambda row: int(row["k"])):
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*row[column]) for column in columns]
+        shown = cells if row["method"] != RELEVANCE else [*cells[:2], "", ""]
+        table.add_row(str(row["k"]), row["method"], *shown)
+    console.print(table)
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Option("--models", help="which models")] = None,
+    k: Annotated[list[int] | None, typer.Option(help="how many neurons")] = None,
+    texts: int = 24,
+    resamples: int = 2000,
+    output: Path | None = None,
+) -> None:
+    """Measure, print and write the tables."""
+    found: dict[str, Any] = {"torch": torch.__version__}
+    for name in names or list(MODELS):
+        found[name] = summary(moved(name, k or [5, 20, 80], texts), resamples)
+        show(name, found[name])
+    path = output or RESULTS / "ablation.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
