@@ -22,7 +22,7 @@ def test_without_edits_it_is_the_plain_explanation(made):
     found, plain = made(example("llama")), explainer("llama", audit=False)(example("llama"))
     torch.testing.assert_close(found.relevance, plain.relevance, rtol=1e-12, atol=1e-12)
     assert torch.equal(found.outputs.logits, plain.outputs.logits)
-    assert found.ledger.by_reason()["condition"] == 0
+    assert found.ledger.by_cause()["condition"] == 0
     assert abs(found.ledger.residual) < 1e-9
     assert not plain.latent
 
@@ -36,7 +36,7 @@ def test_a_condition_masks_the_relevance_of_all_other_units(made, site, kept):
     others = [unit for unit in range(found.latent[site].units) if unit not in kept]
     assert not table[..., others].any()
     masked = float(expected[..., others].sum())
-    assert found.ledger.by_reason()["condition"] == pytest.approx(masked, abs=1e-9)
+    assert found.ledger.by_cause()["condition"] == pytest.approx(masked, abs=1e-9)
     assert abs(found.ledger.residual) < 1e-9
     assert torch.equal(found.outputs.logits, plain.outputs.logits)
 
@@ -88,7 +88,7 @@ def test_an_intervention_does_what_changing_the_model_does(made, intervention, c
 def test_what_a_clamped_unit_holds_is_absorbed(made):
     found = made(example("llama"), interventions={HEADS: Clamp(0.5, 1)})
     held = float(found.latent[HEADS].unit_relevance[..., 1].sum())
-    assert found.ledger.by_reason()["intervention"] == pytest.approx(held, abs=1e-9)
+    assert found.ledger.by_cause()["intervention"] == pytest.approx(held, abs=1e-9)
     assert held != 0
 
 
