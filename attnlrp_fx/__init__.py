@@ -13,7 +13,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attnlrp_fx.calculus.ledger import Ledger
     from attnlrp_fx.compiler import compile, explain, explain_generation, explain_image
     from attnlrp_fx.errors import (
         AttnLRPError,
@@ -31,6 +30,9 @@ if TYPE_CHECKING:
     from attnlrp_fx.evaluate.tuning import tune
     from attnlrp_fx.graph.sites import SAE
     from attnlrp_fx.heatmap.display import Display
+    from attnlrp_fx.inspection.audit import Audit
+    from attnlrp_fx.inspection.caveats import Caveat
+    from attnlrp_fx.inspection.ledger import Ledger
     from attnlrp_fx.neurons import Neuron
     from attnlrp_fx.rules.composites import COMPOSITES, Composite, Match, epsilon_gamma_box
     from attnlrp_fx.rules.rules import (
@@ -77,8 +79,10 @@ __all__ = [
     "AlphaBeta",
     "Attention",
     "AttnLRPError",
+    "Audit",
     "BackendError",
     "CaptureError",
+    "Caveat",
     "Clamp",
     "Comparison",
     "Composite",
@@ -165,7 +169,9 @@ _HOMES = {
     "runtime.explanations": ("Explanations",),
     "evaluate.faithfulness": ("Curves", "Perturbation", "perturbation_curves"),
     "heatmap.display": ("Display",),
-    "calculus.ledger": ("Ledger",),
+    "inspection.audit": ("Audit",),
+    "inspection.caveats": ("Caveat",),
+    "inspection.ledger": ("Ledger",),
     "runtime.mapping": ("Mapped", "Throughput"),
     "runtime.weight_relevance": ("WeightRelevance",),
     "statistics.collect": ("latent_statistics",),

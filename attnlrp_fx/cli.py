@@ -18,6 +18,7 @@ from attnlrp_fx import __version__
 from attnlrp_fx.commands import check_writable, no_collection, one_line_errors, stages
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.files import write_atomically
+from attnlrp_fx.inspect_command import inspect
 from attnlrp_fx.loading import DTYPES, EMBEDDED, IMAGES, TASKS, load, quiet, task_of
 from attnlrp_fx.neurons_command import neuron, neurons
 from attnlrp_fx.questions import check_images, check_texts, inputs_of, target_of
@@ -307,6 +308,7 @@ def composites(
             console.print()
 
 
+app.command()(inspect)
 app.command()(neurons)
 app.command()(neuron)
 

@@ -78,7 +78,8 @@ def compile(
             "experts"), by what modules give ("model.layers.*.mlp.act_fn"; `*` is a part of a path,
             `**` any number) or take ("input:model.layers.*.mlp"), or by node of the captured
             graph; a `SAE` makes the features of a sparse autoencoder latent values.
-        editable: whether calls may change these values and mask their relevance.
+        editable: whether calls may change these values and mask their relevance; they are then
+            computed at all positions, also under `target_slice`.
         derived_weights: what becomes of values made of parameters alone, as |W| under a γ rule:
             "recompute" at every explanation, or "keep", which is faster and takes the memory that
             the report states; see `ExplainableGraphModule.refresh`.

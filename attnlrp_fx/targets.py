@@ -87,15 +87,23 @@ class Seed:
 
     def dense(self, output: Tensor) -> Tensor:
         """The gradient in the shape and dtype of its output."""
+        found = torch.zeros(output.shape[0], output[0].numel(), device=output.device)
+        found = found.to(self.weight.dtype).scatter_add_(1, self._places(output), self.weight)
+        return found.reshape(output.shape).to(output.dtype)
+
+    def of(self, output: Tensor) -> Tensor:
+        """(batch, K): the elements of its output that it weighs."""
+        return output.reshape(output.shape[0], -1).gather(1, self._places(output))
+
+    def _places(self, output: Tensor) -> Tensor:
+        """(batch, K): where they are, counted over all dimensions but the batch."""
         index = self.index
         if index is None:
             index = torch.arange(self.weight.shape[1], device=self.weight.device)
             index = index.expand(self.weight.shape)
         if self.position is not None:
             index = index + (self.position * output.shape[-1])[:, None]
-        found = torch.zeros(output.shape[0], output[0].numel(), device=output.device)
-        found = found.to(self.weight.dtype).scatter_add_(1, index, self.weight)
-        return found.reshape(output.shape).to(output.dtype)
+        return index
 
 
 def dense(seeds: Sequence[Seed] | Tensor, output: Tensor) -> Tensor:

@@ -49,11 +49,12 @@ from torch.utils import _pytree as pytree
 from zoo_models import BATCH, LENGTH, Architecture, Inputs
 
 import attnlrp_fx
-from attnlrp_fx.calculus.ledger import Ledger, read_ledger
-from attnlrp_fx.calculus.tape import Tape
+from attnlrp_fx.calculus.tape import Audited, Tape
 from attnlrp_fx.capture.capture import flat_inputs
 from attnlrp_fx.errors import AttnLRPError, InputError
 from attnlrp_fx.graph.analysis import explained_values
+from attnlrp_fx.inspection.ledger import Book, Ledger
+from attnlrp_fx.inspection.seeded import of_outputs
 from attnlrp_fx.passes import (
     NORMALISE,
     PIPELINE,
@@ -223,13 +224,12 @@ def on_tape(explainer: ExplainableGraphModule, inputs: Inputs) -> tuple[dict[str
         chosen, found = explainer._seed(explainer._target, flat, given)
         seeds = {i: dense(seed, flat[i]) for i, seed in found.items()}
         outputs = rewritten.graph.output_node().args[0]
-        read = tape.reverse({outputs[i]: seed for i, seed in seeds.items()}, audit=True)
-    nodes = {node.name: node for node in rewritten.graph.nodes}
-    ledger = read_ledger(
-        [nodes[name] for name in read.sums],
-        torch.stack([*read.sums.values()]) if read.sums else torch.zeros(0, 3),
+        starting = {outputs[i]: seed for i, seed in seeds.items()}
+        read = tape.reverse(starting, Audited.EVERY)
+    ledger = Book(rewritten.graph).read(
+        {key: float(value) for key, value in read.postings.items()},
         target=float(chosen.value.double().sum()),
-        seeded=sum(float((flat[i] * seed).double().sum()) for i, seed in seeds.items()),
+        seeded=of_outputs(found, flat, rewritten),
         inputs={name: float(r.double().sum()) for name, r in read.relevance.items()},
     )
     return read.relevance, ledger

@@ -81,10 +81,17 @@ def run_passes(
         PassError: a pass left an invalid graph behind.
     """
     results = []
+    names = _names(graph_module)
     for run in passes:
         results.append(run(graph_module, context))
+        before, names = names, _names(graph_module)
+        results[-1].removed = before - names
         verify(graph_module, results[-1].name)
     return results
+
+
+def _names(graph_module: fx.GraphModule) -> frozenset[str]:
+    return frozenset(node.name for node in graph_module.graph.nodes)
 
 
 def verify(graph_module: fx.GraphModule, name: str) -> None:

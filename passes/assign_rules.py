@@ -24,6 +24,8 @@ from attnlrp_fx.passes.base import PassContext, PassResult, finish
 from attnlrp_fx.rules.roles import Role, is_join, is_layer, roles
 from attnlrp_fx.rules.rules import Constant, Gradient, Rule, Site
 
+FALLBACK = "fallback"
+"""The authority of a rule that no entry of the composite gave."""
 AFFINE = ("_native_batch_norm_legit_no_training",)
 """Ops beside elementwise ones that are affine in each element."""
 
@@ -50,7 +52,9 @@ def assign_rules(graph_module: fx.GraphModule, context: PassContext) -> PassResu
         elif node in explained and any(leaf in live for leaf in leaves((node.args, node.kwargs))):
             kind = kind_of(node, live)
             rule = _rule(node, kind, roles_of.get(node, set()), context, result)
-            rules[node] = kind, rule.at(_site(node, kind, live, parameters))
+            site = _site(node, kind, live, parameters)
+            node.meta["vanishes"] = site.vanishes
+            rules[node] = kind, rule.at(site)
             if not isinstance(rules[node][1], Constant):
                 live.add(node)
     counts: Counter[str] = Counter()
@@ -132,7 +136,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, kind: Kind, rule: Rule) -> None:
             op = graph.get_attr(str(node.target))
     node.meta |= {
         "rule": str(rule),
-        "absorbs": rule.absorbs,
+        "formula": rule.formula,
         "kind": kind,
         "op": node.target,
         "constructed_by": node.meta.get("constructed_by", "assign_rules"),
@@ -146,11 +150,12 @@ def _rewrite(graph: fx.Graph, node: fx.Node, kind: Kind, rule: Rule) -> None:
 def _rule(
     node: fx.Node, kind: Kind, roles: Set[Role], context: PassContext, result: PassResult
 ) -> Rule:
-    rule = context.composite.rule_for(node, kind, roles)
-    if rule is None and context.fallback == "gradient":
+    entry = context.composite.entry_for(node, kind, roles)
+    if entry is None and context.fallback == "gradient":
         result.notes.append(f"gradient fallback: {describe(node)}")
+        node.meta["authority"] = FALLBACK
         return Gradient()
-    if rule is None:
+    if entry is None:
         raise RuleError(
             f"no rule of composite '{context.composite.name}' claims {target_name(node.target)}",
             where=describe(node),
@@ -158,6 +163,8 @@ def _rule(
             remedy="add an entry, e.g. composite.with_rules((Match(op="
             f"'{target_name(node.target)}'), Gradient())), or compile with fallback='gradient'",
         )
+    match, rule = entry
+    node.meta["authority"] = str(match)
     if kind not in rule.kinds:
         raise RuleError(
             f"rule {rule} cannot stand at an op of kind '{kind}'",

@@ -45,6 +45,8 @@ class PassResult:
     """Patterns that almost matched: the node and the reason."""
     notes: list[str] = field(default_factory=list)
     """Anything else that a user should know."""
+    removed: frozenset[str] = frozenset()
+    """Names of the nodes that were there before it and no longer are."""
 
     def miss(self, node: fx.Node, reason: str) -> None:
         """Record a pattern that almost matched."""
@@ -62,9 +64,10 @@ def replace(node: fx.Node, new: fx.Node, constructed_by: str) -> None:
 
 
 def inherit(new: fx.Node, node: fx.Node, constructed_by: str) -> None:
-    """Give a new node the provenance of the node that it stands for."""
+    """Give a new node the provenance of the node that it stands for, and its name."""
     kind = new.meta.get("kind")
-    new.meta = {**node.meta, "constructed_by": constructed_by}
+    stands_for = (*node.meta.get("stands_for", ()), node.name)
+    new.meta = {**node.meta, "constructed_by": constructed_by, "stands_for": stands_for}
     if kind is not None:
         new.meta["kind"] = kind
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from attnlrp_fx.calculus.tape import Tape
+from attnlrp_fx.calculus.tape import Audited, Tape
 from attnlrp_fx.capture.capture import capture
+from attnlrp_fx.inspection.ledger import Book
 from attnlrp_fx.passes import PassContext, run_passes
 from attnlrp_fx.rules.composites import Composite, composite_named
 
@@ -78,10 +79,34 @@ def explain(
         generator = torch.Generator().manual_seed(0)
         coefficient = torch.randn(outputs[0].shape, generator=generator, dtype=outputs[0].dtype)
     seeded = rewritten.graph.output_node().args[0][0]  # type: ignore[index]
+    read = read_tape(tape, {seeded: coefficient})  # type: ignore[dict-item]
+    absorbed = {name: float(sums[2]) for name, sums in read.sums.items()}
+    return Explained(outputs, read.relevance, coefficient, absorbed)
+
+
+@dataclass
+class Oracle:
+    """What a tape on real tensors reads, every edge of it measured."""
+
+    relevance: dict[str, Tensor]
+    sums: dict[str, Tensor]
+    """By node (3,): what it received, passed on and absorbed."""
+
+
+def read_tape(tape: Tape, seeds: Mapping[fx.Node, Tensor]) -> Oracle:
+    """A tape that has run, taken back from seeds at nodes."""
     with torch.no_grad():
-        reading = tape.reverse({seeded: coefficient}, audit=True)  # type: ignore[dict-item]
-    absorbed = {name: float(sums[2]) for name, sums in reading.sums.items()}
-    return Explained(outputs, reading.relevance, coefficient, absorbed)
+        reading = tape.reverse(seeds, Audited.EVERY)
+    seeded = {node.name: float((tape.env[node] * seed).sum()) for node, seed in seeds.items()}
+    ledger = Book(tape.graph).read(
+        {key: float(value) for key, value in reading.postings.items()},
+        target=sum(seeded.values()),
+        seeded=seeded,
+        inputs={},
+    )
+    lines = {e.node: (e.received, e.passed, e.absorbed) for e in ledger.entries[:-1]}
+    sums = {name: torch.tensor(line, dtype=torch.float64) for name, line in lines.items()}
+    return Oracle(reading.relevance, sums)
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

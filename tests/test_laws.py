@@ -16,11 +16,12 @@ import pytest
 import torch
 from conftest import Explain
 from models import BY_NAME, CASES, VOCABULARY, Case, Inputs, is_floating
+from references import Oracle, read_tape
 from torch import Tensor, nn
 
 from attnlrp_fx import ops
 from attnlrp_fx.calculus.pullbacks import PULLBACKS, vjp
-from attnlrp_fx.calculus.tape import Reading, Tape
+from attnlrp_fx.calculus.tape import Tape
 from attnlrp_fx.runtime.explainer import ExplainableGraphModule
 
 F64 = torch.float64
@@ -73,14 +74,12 @@ def seeds_of(explainer: ExplainableGraphModule, case: Case, inputs: Inputs) -> d
     return {nodes[i]: g for i, g in zip(floating, found, strict=True) if g is not None}
 
 
-def on_tape(explainer: ExplainableGraphModule, case: Case, inputs: Inputs) -> Reading:
+def on_tape(explainer: ExplainableGraphModule, case: Case, inputs: Inputs) -> Oracle:
     """The slow oracle: the tape on real tensors, no tracer, no program."""
     with torch.no_grad():
         tape = Tape(explainer.rewritten)
         tape.run(*inputs.values())
-    seeds = seeds_of(explainer, case, inputs)
-    with torch.no_grad():
-        return tape.reverse(seeds, audit=True)
+    return read_tape(tape, seeds_of(explainer, case, inputs))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

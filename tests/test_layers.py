@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import Explained, explain
+from references import Explained, Oracle, explain, read_tape
 from torch import Tensor, fx, nn
 from torch.testing import assert_close
 
@@ -33,7 +33,7 @@ from attnlrp_fx import (
     ZPlus,
     ops,
 )
-from attnlrp_fx.calculus.tape import Reading, Tape
+from attnlrp_fx.calculus.tape import Tape
 from attnlrp_fx.capture.capture import capture
 from attnlrp_fx.passes import (
     ASSIGN,
@@ -395,7 +395,7 @@ def _net(name: str, bias: bool) -> fx.GraphModule:
 
 def _read(
     name: str, bias: bool, rule: Rule, passes: tuple[Pass, ...] = ASSIGN
-) -> tuple[Tensor, Reading]:
+) -> tuple[Tensor, Oracle]:
     """The first logit of each row, and what a net with a rule at every layer reads of it."""
     rewritten = copy_of(_net(name, bias))
     layers = ((Match(role=role), rule) for role in ("convolution", "dense"))
@@ -407,7 +407,7 @@ def _read(
         seed = torch.zeros_like(logits)
         seed[:, 0] = 1
         (seeded,) = rewritten.graph.output_node().args[0]  # type: ignore[misc]
-        return logits[:, 0], tape.reverse({seeded: seed}, audit=True)  # type: ignore[dict-item]
+        return logits[:, 0], read_tape(tape, {seeded: seed})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.1])
@@ -436,7 +436,7 @@ def test_conserves_without_biases(name: str, rule_name: str) -> None:
     target, reading = _read(name, False, CONSERVING[rule_name])
     total = reading.relevance["input"].flatten(1).sum(1)
     if (name, rule_name) == ("convolutional", "flat"):  # relevance of an average of zeros
-        kept = {node for node, sums in reading.sums.items() if abs(float(sums[2])) > 1e-12}
+        kept = {node for node, sums in reading.sums.items() if abs(sums[2]) > 1e-12}
         assert kept <= {"avg_pool2d"}
         return
     assert_close(total, target, rtol=1e-10, atol=1e-12)

@@ -1,6 +1,6 @@
 """Calls of ops as functions of their explained inputs, and their vector-Jacobian products."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,8 +104,8 @@ class Shares:
     """Shares that are x·c, as coefficients c; empty if none is."""
     relevance: Sequence[Tensor | None] = ()
     """Shares that do not factor by the input, which may be zero; empty if all do."""
-    absorbed: Tensor | None = None
-    """Scalar of float64: what is handed on to no explained input; None: nothing."""
+    absorbed: Mapping[str, Tensor] = field(default_factory=dict)
+    """Scalars by cause: what is handed on to no explained input."""
     messages: Sequence[Message] = ()
     """Of a layer, what its coefficients and relevance are sums of; empty: its own products."""
     kept: Tensor | None = None

@@ -99,8 +99,8 @@ class Layer:
 
     def divided(
         self, relevance: Tensor, total: Tensor, kept: Tensor | float
-    ) -> tuple[Tensor, Tensor]:
-        """a = R / (t + ε sign t), and what of R is absorbed.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """a = R / (t + ε sign t), and what of R is absorbed: by the bias, by ε, by what is zero.
 
         Where t is 0, a is R: whatever weights it meets add up to nothing.
         """
@@ -108,8 +108,12 @@ class Layer:
         total = total + epsilon
         nothing = total == 0
         a = relevance / torch.where(nothing, 1, total)
-        absorbed = torch.where(nothing, relevance, a * (kept + epsilon))
-        return a, absorbed.sum(dtype=torch.float64)
+        absorbed = {"zero": _sum(torch.where(nothing, relevance, 0))}
+        if isinstance(kept, Tensor):
+            absorbed["bias"] = _sum(torch.where(nothing, 0, a * kept))
+        if isinstance(epsilon, Tensor):
+            absorbed["epsilon"] = _sum(torch.where(nothing, 0, a * epsilon))
+        return a, absorbed
 
 
 def layer_of(call: Call) -> Layer:
@@ -132,6 +136,11 @@ def layer_of(call: Call) -> Layer:
         output=call.function(x),
         epsilon=epsilon,
     )
+
+
+def _sum(relevance: Tensor) -> Tensor:
+    """A sum in float32 or better."""
+    return relevance.sum(dtype=torch.promote_types(relevance.dtype, torch.float32))
 
 
 def _only(pulled: Sequence[Tensor | None]) -> Tensor:
@@ -255,9 +264,12 @@ def alpha_beta(call: Call) -> tuple[Tensor, Explicit]:
         ]
         coefficient: Any = sum(transposed(a) for _, transposed, a, *_ in shared)
         kept: Any = [k for _, _, a, _, each in shared if (k := _kept(a, each)) is not None]
+        absorbed: dict[str, Tensor] = {}
+        for cause, lost in (item for *_, found, _ in shared for item in found.items()):
+            absorbed[cause] = absorbed[cause] + lost if cause in absorbed else lost
         return Shares(
             [coefficient],
-            absorbed=torch.stack([lost for *_, lost, _ in shared]).sum(),
+            absorbed=absorbed,
             messages=[Message(x, weight, a) for used, _, a, *_ in shared for x, weight in used],
             kept=torch.stack(kept).sum(0) if kept else None,
         )
@@ -359,8 +371,8 @@ def join(call: Call) -> tuple[Tensor, Explicit]:
         total = a.abs() + b.abs()
         nothing = total == 0
         share = torch.where(nothing, 0, relevance / torch.where(nothing, 1, total))
-        lost = torch.where(nothing, relevance, 0).sum(dtype=torch.float64)
-        return Shares([a.sign() * share, b.sign() * share], absorbed=lost)
+        lost = _sum(torch.where(nothing, relevance, 0))
+        return Shares([a.sign() * share, b.sign() * share], absorbed={"zero": lost})
 
     return call.function(a, b), Explicit(pulled)
 

@@ -21,14 +21,14 @@ def relevance_of(value: Any, c: Any, r: Any) -> Any:
 
 
 def factored(value: Any, c: Any, r: Any) -> tuple[Any, Tensor]:
-    """The coefficient c + r/x, and what is lost of r where x is zero, summed in float64."""
+    """The coefficient c + r/x, and what is lost of r where x is zero, summed."""
     if isinstance(value, list | tuple):
         none = [None] * len(value)
         parts = [factored(*part) for part in zip(value, c or none, r, strict=True)]
         return [part for part, _ in parts], torch.stack([lost for _, lost in parts]).sum()
     if not value.is_floating_point():
-        return r, torch.zeros((), dtype=torch.float64, device=r.device)
+        return r, r.new_zeros(())
     nothing = value == 0
     coefficient = torch.where(nothing, 0, r / torch.where(nothing, 1, value))
-    lost = torch.where(nothing, r, 0).sum(dtype=torch.float64)
+    lost = torch.where(nothing, r, 0).sum(dtype=torch.promote_types(r.dtype, torch.float32))
     return coefficient if c is None else c + coefficient, lost

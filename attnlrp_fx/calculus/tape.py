@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from attnlrp_fx import ops
 from attnlrp_fx.calculus.calls import Call, Explicit, Pullback, Shares, parts_of
-from attnlrp_fx.calculus.ledger import node_sums, shared_sums
+from attnlrp_fx.calculus.postings import TOKENS_MOVED, Account, Postings, postings_of, total
 from attnlrp_fx.calculus.pullbacks import PULLBACKS
 from attnlrp_fx.calculus.relevance import factored, relevance_of
 from attnlrp_fx.calculus.weights import Weighing, Weight, weigh
@@ -31,6 +31,16 @@ from attnlrp_fx.graph.tokens import FILLS, MOVES, carry
 
 Watch = Callable[[fx.Node, str, Any], None]
 Annotate = Callable[[fx.Node, str], AbstractContextManager[Any]]
+
+
+class Audited(Enum):
+    """What is added up for the ledger."""
+
+    NOTHING = auto()
+    FEW = auto()
+    """As few edges as all others follow from by law: what programs do."""
+    EVERY = auto()
+    """Every edge."""
 
 
 class Channel(Enum):
@@ -58,8 +68,8 @@ class Reading:
 
     relevance: dict[str, Tensor]
     """Per explained placeholder: relevance in the input's shape, float32 or better."""
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    """Per node name: what came in, went out and was absorbed; only when audited."""
+    postings: Postings = field(default_factory=dict)
+    """What nodes passed on and absorbed; only when audited."""
     coefficients: dict[str, Tensor] = field(default_factory=dict)
     """Per placeholder at a boundary: the coefficient that it received."""
     factorless: dict[str, Tensor] = field(default_factory=dict)
@@ -94,6 +104,7 @@ class Runner(fx.Interpreter):
         graph_module: the graph.
         attributes: values for the graph's get_attr nodes, by target; None reads the module's own.
         device: where constants that the graph creates are put; None leaves the captured device.
+        widest: a floating dtype, in place of every narrower one that the graph casts to.
     """
 
     def __init__(
@@ -102,10 +113,12 @@ class Runner(fx.Interpreter):
         attributes: Mapping[str, Any] | None = None,
         device: torch.device | None = None,
         garbage_collect_values: bool = True,
+        widest: torch.dtype | None = None,
     ) -> None:
         super().__init__(graph_module, garbage_collect_values=garbage_collect_values)
         self.attributes = attributes or {}
         self.device = device
+        self.widest = widest
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self.attributes:
@@ -117,12 +130,16 @@ class Runner(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
     def _moved(self, arguments: Any) -> Any:
-        """Arguments with every device that they name replaced by the runner's."""
-        if self.device is None:
+        """Arguments with every device that they name, and narrow dtypes, replaced."""
+        if self.device is None and self.widest is None:
             return arguments
-        return fx.node.map_aggregate(
-            arguments, lambda leaf: self.device if isinstance(leaf, torch.device) else leaf
-        )
+        return fx.node.map_aggregate(arguments, self._replaced)
+
+    def _replaced(self, leaf: Any) -> Any:
+        if isinstance(leaf, torch.device):
+            return self.device or leaf
+        is_narrow = isinstance(leaf, torch.dtype) and leaf.is_floating_point
+        return torch.promote_types(leaf, self.widest) if is_narrow and self.widest else leaf
 
 
 class Tape(Runner):
@@ -134,6 +151,7 @@ class Tape(Runner):
         device: as in `Runner`.
         annotate: context in which a node's ops run, told the node and "forward" or "relevance".
         watch: told each explained node's value and then its coefficient.
+        widest: as in `Runner`.
         weighing: which parameters' relevance is read as well.
     """
 
@@ -144,9 +162,10 @@ class Tape(Runner):
         device: torch.device | None = None,
         annotate: Annotate = _no_annotation,
         watch: Watch = _no_watch,
+        widest: torch.dtype | None = None,
         weighing: Weighing | None = None,
     ) -> None:
-        super().__init__(rewritten, attributes, device, garbage_collect_values=False)
+        super().__init__(rewritten, attributes, device, False, widest)
         self.weighing = weighing
         self.annotate = annotate
         self.watch = watch
@@ -205,17 +224,19 @@ class Tape(Runner):
             parameters=parameters,
         )
 
-    def reverse(self, seeds: "Mapping[fx.Node, Tensor] | Received", audit: bool = False) -> Reading:
+    def reverse(
+        self, seeds: "Mapping[fx.Node, Tensor] | Received", audit: Audited = Audited.NOTHING
+    ) -> Reading:
         """Take seeds back to the sources.
 
         Args:
             seeds: coefficient of each seeded node, in the node's shape; or all that nodes have
                 received already.
-            audit: whether to add up what each node receives, passes on and absorbs.
+            audit: what to add up of what each node passes on and absorbs.
 
         Returns:
             The relevance of every explained input, what every boundary received and, if audited,
-            every node's sums.
+            every node's postings.
         """
         received = seeds if isinstance(seeds, Received) else Received(dict(seeds))
         relevance = received.moved
@@ -247,7 +268,7 @@ class Tape(Runner):
         assert isinstance(self.module, fx.GraphModule)
         return self.module.graph.nodes
 
-    def _pull(self, node: fx.Node, received: "Received", reading: Reading, audit: bool) -> None:
+    def _pull(self, node: fx.Node, received: "Received", reading: Reading, audit: Audited) -> None:
         """Take what one node received to its explained inputs, each in its input's dtype.
 
         Ops that promote (bfloat16 times float32) give outputs, and so coefficients, of another.
@@ -255,7 +276,7 @@ class Tape(Runner):
         call = self.calls[node]
         c, r = (_whole(part, self.env[node]) for part in received.pop(node))
         self.watch(node, "relevance", r if c is None else c)
-        shares, sums = self._shares(node, c, r)
+        shares, post = self._shares(node, c, r)
         inputs = [leaf for leaf in leaves((node.args[1:], node.kwargs)) if ops.is_explained(leaf)]
         none = [None] * len(inputs)
         coefficients, relevance = shares.coefficients or none, shares.relevance or none
@@ -265,8 +286,9 @@ class Tape(Runner):
         for leaf, share in zip(inputs, relevance, strict=True):
             if share is not None:
                 _add(received.relevance, leaf, share)
-        if audit:
-            reading.sums[node.name] = sums()
+        if audit is not Audited.NOTHING:
+            posted = post(audit is Audited.FEW)
+            reading.postings |= {(node.name, account): value for account, value in posted.items()}
         if self.weighing is not None:
             self._weigh(node, (c, r), shares, reading, self.weighing)
 
@@ -287,24 +309,27 @@ class Tape(Runner):
             both = weight if held is None else map(operator.add, held, weight)
             reading.weights[name] = Weight(*both)
 
-    def _shares(self, node: fx.Node, c: Any, r: Any) -> tuple[Shares, Callable[[], Tensor]]:
-        """What a node hands on of its coefficient c and relevance r, and its line in the ledger."""
+    def _shares(
+        self, node: fx.Node, c: Any, r: Any
+    ) -> tuple[Shares, Callable[[bool], dict[Account, Tensor]]]:
+        """What a node hands on of its coefficient c and relevance r, and its postings."""
         call, output, pullback = self.calls[node], self.env[node], self.pullbacks[node]
         assert callable(node.target)
         if isinstance(pullback, Explicit):
             shares = pullback.share(parts_of(relevance_of(output, c, r))[0])
-            return shares, lambda: shared_sums(call, output, c, r, shares)
-        lost: Tensor | None = None
+            return shares, lambda few: postings_of(node, call, output, None, shares, few=few)
+        lost: dict[str, Tensor] = {}
         handed: Sequence[Tensor | None] = ()
         if r is not None and (node.target is ops.winner or rearranges(call.op)):
             handed = pullback(r)
         elif r is not None and (node.target is ops.identity or _is_affine(call, output)):
             handed = [r.sum_to_size(call.primals[0].shape)]
         elif r is not None:
-            c, lost = factored(output, c, r)
+            c, lost["zero"] = factored(output, c, r)
         shares = Shares(pullback(c) if c is not None else (), handed, lost)
-        return shares, lambda: node_sums(
-            node.target, call, output, c, shares, r if handed else None
+        passed_as_it_came = r if handed else None
+        return shares, lambda few: postings_of(
+            node, call, output, c, shares, passed_as_it_came, few
         )
 
     def _relevance_of_source(self, node: fx.Node, c: Tensor | None, r: Tensor | None) -> Tensor:
@@ -317,7 +342,7 @@ class Tape(Runner):
         kept = node.kwargs.get("keep") or range(self.env[ids].dim())
         return relevance.sum([d for d in range(value.dim()) if d not in kept])  # type: ignore[operator]
 
-    def _read(self, node: fx.Node, received: "Received", reading: Reading, audit: bool) -> None:
+    def _read(self, node: fx.Node, received: "Received", reading: Reading, audit: Audited) -> None:
         """Read a latent value's relevance off, and hand on what its condition lets through."""
         args, unit = self.fetch_args_kwargs_from_env(node)
         (value, *edits), (c, r) = args, received.pop(node)
@@ -327,11 +352,11 @@ class Tape(Runner):
             kept = _times(c, share), _times(r, share)
         reading.latent[node.name] = _wide_relevance(value, *kept)
         received.hand_on(node, *kept)
-        if audit and edits:
-            reading.sums[node.name] = _line((value, c, r), (value, *kept))
+        if audit is not Audited.NOTHING and edits:
+            reading.postings |= _line(node, (value, c, r), (value, *kept))
 
     def _take_back(
-        self, node: fx.Node, received: "Received", reading: Reading, audit: bool
+        self, node: fx.Node, received: "Received", reading: Reading, audit: Audited
     ) -> None:
         """Take what an intervention received to the value that it changed: y = f·x + s."""
         args, unit = self.fetch_args_kwargs_from_env(node)
@@ -339,22 +364,22 @@ class Tape(Runner):
         whole = c if r is None else factored(changed, c, r)[0]
         coefficient = _times(whole, ops.factor_of(value, *edits, **unit))
         received.hand_on(node, coefficient, None)
-        if audit:
-            reading.sums[node.name] = _line((changed, c, r), (value, coefficient, None))
+        if audit is not Audited.NOTHING:
+            reading.postings |= _line(node, (changed, c, r), (value, coefficient, None))
 
     def _leave_error(
-        self, node: fx.Node, received: "Received", reading: Reading, audit: bool
+        self, node: fx.Node, received: "Received", reading: Reading, audit: Audited
     ) -> None:
         """Read the relevance of an autoencoder's error off, and hand on the rest."""
         (decoded, error), (c, r) = self.fetch_args_kwargs_from_env(node)[0], received.pop(node)
         whole = c if r is None else factored(self.env[node], c, r)[0]
         reading.latent[node.name] = _wide_relevance(error, whole, None)
         received.hand_on(node, whole, None)
-        if audit:
-            reading.sums[node.name] = _line((self.env[node], c, r), (decoded, whole, None))
+        if audit is not Audited.NOTHING:
+            reading.postings |= _line(node, (self.env[node], c, r), (decoded, whole, None))
 
     def _carry(
-        self, node: fx.Node, relevance: dict[fx.Node, Tensor], reading: Reading, audit: bool
+        self, node: fx.Node, relevance: dict[fx.Node, Tensor], reading: Reading, audit: Audited
     ) -> None:
         """Take relevance from looked-up indices to the model input that they were read from.
 
@@ -367,10 +392,10 @@ class Tape(Runner):
         moved = list(carry(node, received, self.env))
         for leaf, carried in moved:
             _add(relevance, leaf, carried)
-        if audit and is_op(node, *MOVES, *FILLS):
-            total = received.sum(dtype=torch.float64)
-            passed = sum((part.sum(dtype=torch.float64) for _, part in moved), start=0 * total)
-            reading.sums[node.name] = torch.stack([total, passed, total - passed])
+        if audit is not Audited.NOTHING and is_op(node, *MOVES, *FILLS):
+            passed = sum(total(carried) for _, carried in moved)
+            reading.postings[node.name, 0] = passed + 0 * total(received)
+            reading.postings[node.name, TOKENS_MOVED] = total(received) - passed
 
 
 @dataclass
@@ -423,10 +448,10 @@ def _times(part: Tensor | None, share: Tensor) -> Tensor | None:
     return None if part is None else (part * share).to(part.dtype)
 
 
-def _line(arrived: tuple[Any, Any, Any], handed: tuple[Any, Any, Any]) -> Tensor:
-    """A line of the ledger, of the value, coefficient and relevance before and behind a marker."""
-    sums = [_wide_relevance(*part).sum(dtype=torch.float64) for part in (arrived, handed)]
-    return torch.stack([*sums, sums[0] - sums[1]])
+def _line(node: fx.Node, arrived: tuple[Any, Any, Any], handed: tuple[Any, Any, Any]) -> Postings:
+    """The postings of a marker, of the value, coefficient and relevance before and behind it."""
+    came, went = (_wide_relevance(*part).sum() for part in (arrived, handed))
+    return {(node.name, 0): went, (node.name, str(node.meta["absorbs"])): came - went}
 
 
 def _wide_relevance(value: Tensor, c: Tensor | None, r: Tensor | None) -> Tensor:

@@ -22,7 +22,8 @@ from torch.fx.experimental.symbolic_shapes import (
     statically_known_true,
 )
 
-from attnlrp_fx.calculus.tape import Channel, Received, Tape
+from attnlrp_fx.calculus.postings import Account
+from attnlrp_fx.calculus.tape import Audited, Channel, Received, Tape
 from attnlrp_fx.calculus.weights import Weighing
 from attnlrp_fx.capture.functionalise import relax_views
 from attnlrp_fx.codegen.derivatives import check_differentiable, exact_derivatives
@@ -43,12 +44,20 @@ class Port(NamedTuple):
     dtype: torch.dtype
 
 
+class Posting(NamedTuple):
+    """What a number says that a traced graph returns for the ledger."""
+
+    place: int
+    """The node that it is of, by its place in the graph."""
+    account: Account
+
+
 @dataclass(frozen=True)
 class Program:
     """A traced graph, whole and split.
 
     The whole takes (attributes, inputs, seeds) and returns (outputs, what inputs receive, relevance
-    of parameters, of latent values, sums).
+    of parameters, of latent values, postings).
     """
 
     graph_module: fx.GraphModule
@@ -65,8 +74,8 @@ class Program:
     """The parameters whose relevance it returns, two results each; empty unless asked for."""
     rows_told_apart: bool
     """Whether their magnitudes are summed over rows."""
-    audited: tuple[int, ...]
-    """The nodes whose sums it returns, by their places in the graph; empty unless audited."""
+    audited: tuple[Posting, ...]
+    """The postings that it returns in one tensor; empty unless audited."""
     latent: tuple[int, ...]
     """The markers of latent values whose relevance it returns, by their places in the graph."""
     rest: fx.GraphModule
@@ -97,7 +106,7 @@ class EmitOptions:
     captured_device: torch.device
     """Where the model was captured; constants created there move along."""
     audit: bool = False
-    """Whether the program also returns the ledger's sums."""
+    """Whether the program also returns the ledger's postings."""
     keeping: Keeping = field(default_factory=Keeping)
     """What the forward side keeps for the relevance side."""
     weighed: frozenset[str] = frozenset()
@@ -134,7 +143,8 @@ def emit(
     outputs = outputs_of(graph)
     mode = fake_mode_of(graph_module)
     received: list[Port] = []
-    audited: list[str] = []
+    places = {node.name: i for i, node in enumerate(computed(graph))}
+    audited: list[Posting] = []
     weighed: dict[str, bool] = {}
     latent: list[str] = []
     traced_last: list[tuple[fx.Node, str]] = []
@@ -151,20 +161,20 @@ def emit(
         arrived = Received()
         for seed, value in zip(seeds, given, strict=True):
             arrived.add(seed.channel, outputs[seed.place], value)
-        read = tape.reverse(arrived, audit=options.audit)
+        read = tape.reverse(arrived, Audited.FEW if options.audit else Audited.NOTHING)
         found = {
             Port(names.index(name), channel, value.dtype): value
             for channel, values in read.by_channel().items()
             for name, value in values.items()
         }
         received[:] = found
-        audited[:], latent[:] = read.sums, read.latent
+        audited[:] = [Posting(places[name], account) for name, account in read.postings]
+        latent[:] = read.latent
         weighed.update(dict.fromkeys(read.weights, read.rows_told_apart))
         weights = [part for weight in read.weights.values() for part in weight]
-        ordered = [read.sums[node.name] for node in computed(graph) if node.name in read.sums]
-        sums = [torch.stack(ordered)] if ordered else []
+        postings = [torch.stack(list(read.postings.values()))] if read.postings else []
         handed = [*results, *found.values(), *weights, *read.latent.values()]
-        return [*map(_contiguous, handed), *sums]
+        return [*map(_contiguous, handed), *postings]
 
     with ExitStack() as stack:
         stack.enter_context(mode)
@@ -194,7 +204,6 @@ def emit(
         check_differentiable(traced, {node.name: node for node in graph.nodes})
     rest, derived = hoist(traced) if options.keep_derived else (traced, None)
     forward, relevance = split(rest, len(outputs), options.keeping)
-    places = {node.name: i for i, node in enumerate(computed(graph))}
     return Program(
         graph_module=traced,
         attributes=tuple(attributes),
@@ -205,7 +214,7 @@ def emit(
         rest=rest,
         weighed=tuple(weighed),
         rows_told_apart=all(weighed.values()),
-        audited=tuple(i for name, i in places.items() if name in audited),
+        audited=tuple(audited),
         latent=tuple(places[name] for name in latent),
         forward=forward,
         relevance=relevance,

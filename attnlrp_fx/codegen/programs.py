@@ -278,9 +278,8 @@ class Programs:
         return given
 
     def _entry(self, output: fx.Node) -> fx.Node:
-        """Where a seed enters: the ledger and the weights want the head's part, too."""
-        whole = self._options.audit or self._options.weights
-        head = None if whole else head_of(output)
+        """Where a seed enters: the weights want the head's part, too."""
+        head = None if self._options.weights else head_of(output)
         return output if head is None else head.projected
 
     def _emit_options(self, device: torch.device) -> EmitOptions:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from attnlrp_fx.calculus.postings import Account
 from attnlrp_fx.calculus.tape import Channel
 from attnlrp_fx.calculus.weights import Weight
 from attnlrp_fx.codegen.emit import EmitOptions, Port, Program, emit
@@ -34,10 +35,10 @@ class Step:
     """The slots that it reads, in its placeholders' order."""
     results: tuple[int, ...]
     """The slots for its results."""
-    audited: tuple[str, ...] = ()
-    """The nodes of the rewritten graph whose sums are one result more."""
+    audited: tuple[tuple[str, Account], ...] = ()
+    """The postings of nodes of the rewritten graph that are one result more."""
     latent: tuple[str, ...] = ()
-    """The markers in it whose latent value's relevance are further results, before the sums."""
+    """The markers in it whose latent value's relevance are further results, before the postings."""
     emptied: tuple[int, ...] = ()
     """The slots that no later step reads."""
 
@@ -52,7 +53,7 @@ class Read:
 
     relevance: dict[str, Tensor]
     """By explained input."""
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    postings: dict[tuple[str, Account], float] = field(default_factory=dict)
     """By node of the rewritten graph, empty unless audited."""
     weights: dict[str, Weight] = field(default_factory=dict)
     """By parameter, empty unless asked for."""
@@ -142,20 +143,23 @@ class Schedule:
         """
         for slot, seed in zip(self.seeds, seeds, strict=True):
             _add(values, slot, seed)
-        sums: dict[str, Tensor] = {}
+        audited: list[tuple[str, Account]] = []
+        postings: list[Tensor] = []
         latent: dict[str, Tensor] = {}
         for step in self.relevance:
             results = call(step, [values[slot] for slot in step.arguments], values)
             if step.audited:
-                sums.update(zip(step.audited, results[-1], strict=True))
+                audited += step.audited
+                postings.append(results[-1])
             latent.update(zip(step.latent, results[len(step.results) :], strict=False))
             for slot, result in zip(step.results, results, strict=False):
                 _add(values, slot, result)
             for slot in step.emptied:
                 values[slot] = None
+        sums = torch.cat(postings).tolist() if postings else []
         relevance = {name: values[slot] for name, slot in self.explained.items()}
         weights = {n: Weight(values[a], values[b]) for n, (a, b) in self.weighed.items()}
-        return Read(relevance, sums, weights, latent)
+        return Read(relevance, dict(zip(audited, sums, strict=True)), weights, latent)
 
 
 def _add(values: Values, slot: int, value: Tensor) -> None:
@@ -305,10 +309,8 @@ class _Place:
         own = dict(zip(self.program.attributes, region.attributes, strict=True))
         for name in self.program.weighed:
             received += [self.slots.of(kind, own[name]) for kind in ("weight", "magnitude")]
-        audited, latent = (
-            tuple(region.nodes[i].name for i in places)
-            for places in (self.program.audited, self.program.latent)
-        )
+        audited = tuple((region.nodes[p.place].name, p.account) for p in self.program.audited)
+        latent = tuple(region.nodes[i].name for i in self.program.latent)
         arguments = self._all(graph_module)
         return Step(graph_module, arguments, tuple(received), audited, latent)
 

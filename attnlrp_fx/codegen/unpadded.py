@@ -90,7 +90,7 @@ def unpadded(
         mask: kind
         for mask, value in zip(ready, values, strict=True)
         for kind in (True, False)
-        if value.shape[-1] > 1 and _says(value, kind)
+        if value.dim() > 1 and value.shape[-1] > 1 and _says(value, kind)
     }
     if not causal:
         return None
@@ -143,7 +143,7 @@ def _is_ones(value: Tensor) -> bool:
 def _says(mask: Tensor, causal: bool) -> bool:
     """Whether a mask lets each position see those up to it, or, if not causal, everything."""
     seen = mask if mask.dtype == torch.bool else _seen(mask)
-    if seen is None or mask.dim() < 2:
+    if seen is None:
         return False
     if not causal:
         return bool(seen.all())

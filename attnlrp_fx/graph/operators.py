@@ -168,6 +168,14 @@ REARRANGEMENTS = """
 """.split()
 """Linear ops, beside views and casts, each element of whose output is one of an input or fixed."""
 
+HOMOGENEOUS = """
+    neg sum mean cumsum div flip roll repeat repeat_interleave tile index index_select gather take
+    take_along_dim masked_select tril triu diag_embed im2col col2im avg_pool1d avg_pool2d avg_pool3d
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d pixel_shuffle pixel_unshuffle
+    channel_shuffle _unsafe_index trace rot90
+""".split()
+"""Linear ops, beside views, casts and products, that put no constant into their output."""
+
 CONVOLUTIONS = """
     conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d
 """.split()
@@ -214,6 +222,8 @@ _ELEMENTWISE = _packets(ACTIVATIONS + ELEMENTWISE_LINEAR + ELEMENTWISE_SELECTION
 _ELEMENTWISE_SELECTIONS = _packets(ELEMENTWISE_SELECTIONS)
 _STRUCTURAL = _packets(VIEWS + CASTS) | {*ops.LATENT}
 _REARRANGEMENTS = _packets(VIEWS + CASTS + REARRANGEMENTS) | {*ops.LATENT}
+_HOMOGENEOUS = _packets(HOMOGENEOUS)
+_JOINS = _packets("add sub cat stack".split())
 _MATRIX_PRODUCTS = frozenset(_PRODUCTS) - _packets(["mul", "addcmul"])
 _CASTS = _packets(CASTS)
 
@@ -285,6 +295,19 @@ def is_convolution(op: Any) -> bool:
 def rearranges(op: Any) -> bool:
     """Whether each element of a linear op's output is an element of an input, or fixed."""
     return packet(op) in _REARRANGEMENTS or op is operator.getitem
+
+
+def is_homogeneous(op: Any, tensors: int, explained: int) -> bool:
+    """Whether a linear op is zero where what is explained is.
+
+    Args:
+        op: neither view, cast nor product.
+        tensors: how many of its arguments are tensors, those of its lists counted one by one.
+        explained: how many of them are explained.
+    """
+    return packet(op) in _HOMOGENEOUS or (
+        packet(op) in _JOINS and tensors == explained and explained > 1
+    )
 
 
 def is_cheap(node: fx.Node) -> bool:

@@ -1,6 +1,7 @@
 """Where a node comes from: module path, module class and the user's own source line."""
 
 import re
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,19 +13,24 @@ _FRAME = re.compile(
 
 def module_path(node: fx.Node) -> str:
     """The path of the innermost module that a node was captured in, '' for the root."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = list(stack.values())[-1][0] if stack else ""
-    return readable_path(path)
+    stack = _modules(node)
+    return readable_path(stack[-1][0]) if stack else ""
 
 
 def module_class(node: fx.Node) -> str:
     """The class name of the innermost module that a node was captured in, '' if unknown."""
-    stack = node.meta.get("nn_module_stack") or {}
+    stack = _modules(node)
     if not stack:
         return ""
-    owner = list(stack.values())[-1][1]
+    owner = stack[-1][1]
     name = owner if isinstance(owner, str) else owner.__qualname__
     return name.rsplit(".", 1)[-1]
+
+
+def _modules(node: fx.Node) -> list[tuple[str, Any]]:
+    """Path and class of the modules around a node; export has a placeholder where there is none."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return [entry for entry in stack if not entry[0].startswith("_empty_nn_module_stack")]
 
 
 def source_line(node: fx.Node) -> str:
@@ -40,6 +46,11 @@ def source_line(node: fx.Node) -> str:
 def short_source(node: fx.Node) -> str:
     """The user's line as 'file.py:line', for tables."""
     return re.sub(r"^.*/([^/:]+:\d+): .*$", r"\1", source_line(node))
+
+
+def short_line(node: fx.Node) -> str:
+    """The user's line with its code, the file without its folders."""
+    return re.sub(r"^.*/([^/:]+:\d+: )", r"\1", source_line(node))
 
 
 def describe(node: fx.Node) -> str:

@@ -93,9 +93,16 @@ class Composite:
     name: str
     entries: tuple[tuple[Match, Rule], ...]
 
+    def entry_for(
+        self, node: fx.Node, kind: Kind, roles: Collection[str] = ()
+    ) -> tuple[Match, Rule] | None:
+        """The first entry that fits, None if there is none."""
+        return next((entry for entry in self.entries if entry[0].fits(node, kind, roles)), None)
+
     def rule_for(self, node: fx.Node, kind: Kind, roles: Collection[str] = ()) -> Rule | None:
         """The rule of the first entry that fits, None if there is none."""
-        return next((rule for match, rule in self.entries if match.fits(node, kind, roles)), None)
+        entry = self.entry_for(node, kind, roles)
+        return None if entry is None else entry[1]
 
     @property
     def looks_at_weights(self) -> bool:

@@ -3,12 +3,13 @@
 No name of a module or class plays a part:
 
 - *mlp.neurons*: what a dense layer reads, if it was made of the outputs of dense layers by an
-  activation, and by elementwise products and scalings at most (gated or not);
+  activation, and by elementwise products and scalings at most (gated or not); not of experts that
+  share one op, whose rows are each of another one;
 - *attention.heads*: what attention returns, fused or written out, a feature vector for each head;
 - *attention.weights*: the softmax of attention, for which it is written out;
 - *residual*: a sum of two values of one shape, one of which the other was computed from: the stream
   before and after a branch is added to it;
-- *router*: the scores of experts, among which a selection chooses;
+- *router*: a dense layer's score of each expert, among which a selection chooses;
 - *experts*: what each chosen expert contributes, its weight included, before they are added up.
 """
 
@@ -156,24 +157,24 @@ class LatentRoles:
         return Role.WEIGHTS in self._roles.get(node, ()) and _rank(node) == 4
 
     def _weights(self) -> Iterator[Playing]:
-        """The weights themselves, or the fused attention that is to be written out for them."""
         for node in self.explained:
-            if kind_of(node, self.explained) is Kind.ATTENTION and _rank(node) == 4:
-                yield Playing(node)
-            elif is_matrix_product(node.target):
+            if is_matrix_product(node.target):
                 for factor in factors_of(node):
                     if factor in self.explained and self._is_weights(factor):
                         yield Playing(factor)
 
     def _residual(self) -> Iterator[Playing]:
-        before: dict[fx.Node, set[fx.Node]] = {}
+        before: dict[fx.Node, int] = {}  # the nodes that a value is computed from, a bit for each
+        bit: dict[fx.Node, int] = {}
         for node in self.graph.nodes:
             if node in self.explained:
-                inputs = self._inputs(node)
-                before[node] = set(inputs).union(*(before[leaf] for leaf in inputs))
+                bit[node] = 1 << len(bit)
+                before[node] = 0
+                for leaf in self._inputs(node):
+                    before[node] |= before[leaf] | bit[leaf]
                 if is_join(node, self.explained):
                     a, b = (self._uncast(leaf) for leaf in node.args)
-                    if a is not b and (a in before[b] or b in before[a]):
+                    if bit[a] & before[b] or bit[b] & before[a]:
                         yield Playing(node)
 
     def _uncast(self, node: Any) -> fx.Node:

@@ -45,7 +45,7 @@ class _Finder:
         self.graph = graph
         self.roles = LatentRoles(graph)
         self.explained = self.roles.explained
-        values = {node for node in self.explained if isinstance(node.meta.get("val"), Tensor)}
+        values = {node for node in self.explained if _has_units(node.meta.get("val"))}
         self.values = values
         self.given = given(graph, values)
         self.taken = taken(graph, values)
@@ -68,15 +68,15 @@ class _Finder:
             if pattern.startswith(INPUT)
             else (self.given, pattern)
         )
-        node = self._node(pattern)
-        if node is not None:
-            return [self._found(node, pattern, "node")]
         matcher = glob(wanted)
         matched = [
             call for call in self.calls if matcher.fullmatch(path_of(call)) or call == wanted
         ]
         if not matched:
-            raise self._unknown(pattern, wanted)
+            node = self._node(pattern)
+            if node is None:
+                raise self._unknown(pattern, wanted)
+            return [self._found(node, pattern, "node")]
         sites = [site for call in matched for site in self._of_call(call, side)]
         if not sites:
             raise self._unexplained(pattern, matched)
@@ -166,6 +166,11 @@ class _Finder:
             else self._why_not(node),
             remedy=f"near it are: {near(pattern, self.given)}",
         )
+
+
+def _has_units(value: object) -> bool:
+    """Whether a value is a tensor with dimensions, and real."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
 
 
 def _numbered(call: str, index: int, count: int) -> str:

@@ -1,9 +1,9 @@
 """Rules: what happens to relevance at an op.
 
 A rule is a frozen dataclass. Its fields are its options, `kinds` says which kinds of op it can
-stand at, `op` is the relevance op that it rewrites a node to, and `absorbs` says, in the words
-of the ledger, why relevance may end there. The formulas are in `attnlrp_fx.calculus.pullbacks`,
-those of the rules for layers in `attnlrp_fx.calculus.contributions`.
+stand at, and `op` is the relevance op that it rewrites a node to. The first line of its docstring
+is its formula, which listings show. What computes the formulas is in
+`attnlrp_fx.calculus.pullbacks`, for the rules for layers in `attnlrp_fx.calculus.contributions`.
 
 The rules for layers (`Gamma`, `AlphaBeta`, `ZPlus`, `WSquare`, `Flat`, `ZBox`) look at weights:
 they stand where one explained input meets parameters in a matrix product or a convolution. With
@@ -42,7 +42,11 @@ class Rule:
 
     kinds: ClassVar[frozenset[Kind]] = EVERY_KIND
     op: ClassVar[ops.Op | None] = None
-    absorbs: ClassVar[str] = ""
+
+    @property
+    def formula(self) -> str:
+        """What the rule does to relevance, in one line."""
+        return next(iter((type(self).__doc__ or "").splitlines()), "").strip()
 
     def parameters(self) -> dict[str, Any]:
         """The rule's options as the relevance op's keyword arguments."""
@@ -85,7 +89,6 @@ class Epsilon(Rule):
 
     kinds = frozenset({Kind.LINEAR})
     op = staticmethod(ops.linear)
-    absorbs = "constant"
 
     epsilon: float = 0.0
     """The stabiliser ε ≥ 0; it absorbs ε c_j / (z_j + ε sign(z_j)) of every output."""
@@ -107,7 +110,6 @@ class Uniform(Rule):
 
     kinds = frozenset({Kind.PRODUCT})
     op = staticmethod(ops.uniform)
-    absorbs = "constant"
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,6 @@ class Identity(Rule):
 
     kinds = frozenset({Kind.ACTIVATION})
     op = staticmethod(ops.identity)
-    absorbs = "intercept"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,6 @@ class Taylor(Rule):
     """First-order Taylor expansion: the op's own vjp; for softmax eq. 13. Absorbs by design."""
 
     op = staticmethod(ops.taylor)
-    absorbs = "taylor"
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,6 @@ class Winner(Rule):
 
     kinds = frozenset({Kind.SELECTION})
     op = staticmethod(ops.winner)
-    absorbs = "constant"
 
 
 @dataclass(frozen=True)
@@ -142,20 +141,19 @@ class StatisticConstant(Rule):
 
     kinds = frozenset({Kind.NORM})
     op = staticmethod(ops.norm)
-    absorbs = "shift"
 
 
 @dataclass(frozen=True)
 class Attention(Rule):
-    """Scaled dot-product attention around whatever fused kernel runs.
+    """R (1 − w) to the value, R w / 2 each to query and key, less what softmax absorbs.
 
-    The written-out chain gives value 1/2 (eq. 15) and, through the softmax (eq. 13) and the
-    query-key product (eq. 15), query and key 1/4 each; together a vjp with scaled operands.
+    Around whatever fused kernel runs. The written-out chain gives value 1/2 (eq. 15) and, through
+    the softmax (eq. 13) and the query-key product (eq. 15), query and key 1/4 each; together a vjp
+    with scaled operands.
     """
 
     kinds = frozenset({Kind.ATTENTION})
     op = staticmethod(ops.attention)
-    absorbs = "softmax"
 
     weights: float = 0.5
     """The share of the attention weights (query and key); 0 holds them constant (CP-LRP)."""
@@ -172,7 +170,6 @@ class Gradient(Rule):
     kinds = frozenset(Kind)
 
     op = staticmethod(ops.gradient)
-    absorbs = "gradient"
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,6 @@ class LayerRule(Rule):
     """Base of the rules that look at a layer's weights."""
 
     kinds = frozenset({Kind.LINEAR})
-    absorbs = "constant"
 
     epsilon: float = field(default=0.0, kw_only=True)
     """The stabiliser ε ≥ 0: every denominator d becomes d + ε sign(d), with sign(0) = 1."""
@@ -323,7 +319,6 @@ class Join(Rule):
 
     kinds = frozenset({Kind.LINEAR})
     op = staticmethod(ops.join)
-    absorbs = "constant"
 
     split: str = "magnitude"
     """"magnitude": in proportion to |a| and |b|; "equal": half to each."""
@@ -346,7 +341,6 @@ class Pass(Rule):
 
     kinds = frozenset({Kind.LINEAR, Kind.ACTIVATION, Kind.NORM})
     op = staticmethod(ops.passed)
-    absorbs = "constant"
 
     def at(self, site: Site) -> Rule:
         if site.vanishes:

@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from attnlrp_fx import ops
-from attnlrp_fx.calculus.ledger import Ledger, read_ledger
 from attnlrp_fx.calculus.masking import Masked
 from attnlrp_fx.capture.capture import Captured, flat_inputs
 from attnlrp_fx.codegen.attributes import Attributes
@@ -22,6 +21,11 @@ from attnlrp_fx.codegen.schedule import Read, Values
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.graph.operators import outputs_of
 from attnlrp_fx.heatmap import Normalisation
+from attnlrp_fx.inspection.audit import Audit, audit
+from attnlrp_fx.inspection.graphs import Graphs
+from attnlrp_fx.inspection.inspectable import Inspectable
+from attnlrp_fx.inspection.ledger import Book, Ledger
+from attnlrp_fx.inspection.seeded import of_heads, of_outputs
 from attnlrp_fx.neurons import Neuron
 from attnlrp_fx.passes import PassContext
 from attnlrp_fx.passes.slice_targets import POSITIONS
@@ -109,7 +113,7 @@ class _OtherOutputs(Exception):
     """A target reads outputs that the program has no seeds for."""
 
 
-class ExplainableGraphModule(nn.Module):
+class ExplainableGraphModule(Inspectable, nn.Module):
     """A model compiled to explain itself: call it with the model's inputs.
 
     Made by `attnlrp_fx.compile`. Parameters and buffers are the model's own, read at every call:
@@ -182,6 +186,34 @@ class ExplainableGraphModule(nn.Module):
         """
         return self._programs.flat(self._default_seeds(), self._attributes.device())
 
+    def _inspected(self) -> Graphs:
+        context, results = self._rewriting.context, self._rewriting.results
+        name = context.composite.name
+        return Graphs(self.captured, self.rewritten, results, name, lambda: self.program)
+
+    def _audited(
+        self, args: Any, inputs: Any, target: TargetLike, reference: torch.dtype | None
+    ) -> Audit:
+        if self._sliced:
+            return self._whole()._audited(args, inputs, target, reference)
+        device = self._attributes.device()
+        if device.type == "meta":
+            raise _no_values()
+        given = self._given(args, inputs)
+        wanted = self._target if target is None else as_target(target)
+        return audit(
+            self.rewritten,
+            self._attributes.values(device),
+            given,
+            lambda flat, read: seeds_of(
+                wanted, self.rewritten, self._convention, flat, read, self._places
+            ),
+            target=str(wanted),
+            masks=self._options.labels.masks(given, given),
+            device=device if device != self._programs.captured_device else None,
+            reference=reference,
+        )
+
     @property
     def compilations(self) -> int:
         """How many programs have been compiled so far."""
@@ -228,10 +260,7 @@ class ExplainableGraphModule(nn.Module):
         """
         device = self._attributes.device()
         if device.type == "meta" and (check_finite or self._options.programs.audit):
-            raise InputError(
-                "the model is on the meta device: there are no values to add up or to check",
-                remedy='give it values: model.to_empty(device="cpu"), then load_state_dict',
-            )
+            raise _no_values()
         targets, are_several = targets_of(target, self._target)
         given = self._given(args, inputs)
         if not self._slices(targets):
@@ -711,7 +740,7 @@ class ExplainableGraphModule(nn.Module):
             inputs=shown.inputs,
             tokens=shown.tokens(names),
             mask=options.labels.masks(shown.inputs, names),
-            ledger=self._ledger(read, chosen, flat, seeds) if audit else None,
+            ledger=self._ledger(read, chosen, forward, seeds) if audit else None,
             labels=options.labels.of_index(chosen.index, classes, is_token),
             target_index=chosen.index,
             normalisation=options.normalisation,
@@ -771,19 +800,26 @@ class ExplainableGraphModule(nn.Module):
         return output.shape[-1], output.dim() == 3 or output.shape[-1] > 1000
 
     @torch.no_grad()
-    def _ledger(self, read: Read, chosen: Chosen, flat: Sequence[Tensor], seeds: Seeds) -> Ledger:
-        # As the reverse pass meets them: from the target to the inputs.
-        nodes = [node for node in reversed(self.rewritten.graph.nodes) if node.name in read.sums]
-        sums = [read.sums[node.name] for node in nodes]
-        whole = {i: dense(seed, flat[i]) for i, seed in seeds.items()}
-        seeded = sum(float((flat[i].double() * seed.double()).sum()) for i, seed in whole.items())
-        return read_ledger(
-            nodes,
-            torch.stack(sums) if sums else torch.zeros(0, 3),
+    def _ledger(self, read: Read, chosen: Chosen, forward: _Forward, seeds: Seeds) -> Ledger:
+        made, flat = forward.compiled.schedule, forward.flat
+        heads = of_heads(seeds, flat, made.seeded, made.rewritten, forward.attributes)
+        return self._book.read(
+            {**read.postings, **heads},
             target=float(chosen.value.double().sum()),
-            seeded=seeded,
+            seeded=of_outputs(seeds, flat, self.rewritten),
             inputs={name: float(r.double().sum()) for name, r in read.relevance.items()},
         )
+
+    @cached_property
+    def _book(self) -> Book:
+        return Book(self.rewritten.graph)
+
+
+def _no_values() -> InputError:
+    return InputError(
+        "the model is on the meta device: there are no values to add up or to check",
+        remedy='give it values: model.to_empty(device="cpu"), then load_state_dict',
+    )
 
 
 def _at_the_only_position(targets: Sequence[Any]) -> list[Target]:

@@ -185,8 +185,17 @@ class Explanation:
             ledger=self.ledger if batch == 1 else None,
             labels=self.labels and [self.labels[index]],
             target_index=None if self.target_index is None else cut(self.target_index),
-            latent=self.latent.row(index, max(own.values(), default=None)),
+            latent=self.latent.row(index, self._lengths_by_size(own)),
         )
+
+    def _lengths_by_size(self, own: Mapping[str, int]) -> dict[int, int]:
+        """How many positions are a row's own, by how many there are; the most, if unlike."""
+        found: dict[int, int] = {}
+        for name, length in own.items():
+            if name in self.inputs and self.inputs[name].dim() > 1:
+                size = self.inputs[name].shape[1]
+                found[size] = max(length, found.get(size, 0))
+        return found
 
     def _lengths(self, index: int) -> dict[str, int]:
         """By input of tokens and what stands beside them, where padding begins in a row."""

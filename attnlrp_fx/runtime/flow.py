@@ -119,7 +119,16 @@ def _matrices(
             for table in lines.values()
         ]
         if tables:
-            yield heatmap.Matrix(tuple(lines), tuple(tables), section.heading)
+            yield heatmap.Matrix(_shortened([*lines]), tuple(tables), section.heading)
+
+
+def _shortened(names: Sequence[str]) -> tuple[str, ...]:
+    """Names without the modules that all of them are in."""
+    paths = [name.split(".") for name in names]
+    shared = 0
+    while all(len(path) > shared + 1 for path in paths) and len({p[shared] for p in paths}) == 1:
+        shared += 1
+    return tuple(".".join(path[shared:]) for path in paths)
 
 
 def _line(strip: heatmap.TokenStrip, table: Tensor) -> heatmap.TokenStrip:

@@ -67,19 +67,26 @@ class Latent:
         table = self._by_unit(self.activation)
         return table[..., 0] if table.shape[-1] == 1 else table.norm(dim=-1)
 
-    def row(self, index: int, length: int | None = None) -> Latent | None:
-        """One row of the batch, without positions behind a length; None if it has no rows."""
+    def row(self, index: int, lengths: Mapping[int, int] | None = None) -> Latent | None:
+        """One row of the batch; None if it has no rows.
+
+        Args:
+            index: which row.
+            lengths: of sequences of some size, how many positions are the row's own.
+        """
         if self.dims[0] == "row" and self.batch > 1:
             return None
+        own, is_sequence = lengths or {}, self.dims.count("position") <= 1
 
         def cut(value: Tensor) -> Tensor:
             if self.dims[0] == "token":
                 rows = value.reshape(self.batch, -1, *value.shape[1:])
-                return rows[index, :length].clone()
+                return rows[index, : own.get(rows.shape[1])].clone()
             value = value[index : index + 1] if self.dims[0] == "batch" else value
             for dim, name in enumerate(self.dims[: value.dim()]):
-                if name in (*POSITIONS, "key") and self.positions is None and self._is_sequence:
-                    value = value.narrow(dim, 0, min(value.shape[dim], length or value.shape[dim]))
+                if name in (*POSITIONS, "key") and self.positions is None and is_sequence:
+                    size = value.shape[dim]
+                    value = value.narrow(dim, 0, own.get(size, size))
             return value.clone()
 
         return replace(
@@ -90,11 +97,6 @@ class Latent:
             positions=None if self.positions is None else self.positions[index : index + 1],
             chosen=None if self.chosen is None else cut(self.chosen),
         )
-
-    @property
-    def _is_sequence(self) -> bool:
-        """Whether it has one dimension of places, or those of a sequence twice."""
-        return self.dims.count("position") <= 1
 
     @property
     def _site(self) -> Site:
@@ -165,9 +167,9 @@ class Latents(Mapping[str, Latent]):
         """Those whose units are "neuron", "head", "expert", "channel" or "feature", in order."""
         return [latent for latent in self.values() if latent.unit == unit]
 
-    def row(self, index: int, length: int | None = None) -> Latents:
-        """One row of the batch of each that has rows."""
-        rows = [latent.row(index, length) for latent in self.values()]
+    def row(self, index: int, lengths: Mapping[int, int] | None = None) -> Latents:
+        """One row of the batch of each that has rows, see `Latent.row`."""
+        rows = [latent.row(index, lengths) for latent in self.values()]
         return Latents([row for row in rows if row is not None])
 
 

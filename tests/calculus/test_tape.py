@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from references import Function, explain, rewrite
+from references import Function, explain, read_tape, rewrite
 from torch import Tensor, fx, nn
 from torch.testing import assert_close
 
@@ -65,14 +65,23 @@ def outputs_of(rewritten: fx.GraphModule) -> list[fx.Node]:
     return list(rewritten.graph.output_node().args[0])  # type: ignore[arg-type]
 
 
-def read(
-    rewritten: fx.GraphModule, inputs: dict[str, Tensor], seeds: dict[int, Tensor], **options: bool
-) -> Reading:
+def read(rewritten: fx.GraphModule, inputs: dict[str, Tensor], seeds: dict[int, Tensor]) -> Reading:
     tape = Tape(rewritten)
     with torch.no_grad():
         tape.run(*inputs.values())
         nodes = outputs_of(rewritten)
-        return tape.reverse({nodes[i]: seed for i, seed in seeds.items()}, **options)
+        return tape.reverse({nodes[i]: seed for i, seed in seeds.items()})
+
+
+def audited(
+    rewritten: fx.GraphModule, inputs: dict[str, Tensor], seeds: dict[int, Tensor]
+) -> dict[str, Tensor]:
+    """What each node receives, passes on and absorbs."""
+    tape = Tape(rewritten)
+    with torch.no_grad():
+        tape.run(*inputs.values())
+    nodes = outputs_of(rewritten)
+    return read_tape(tape, {nodes[i]: seed for i, seed in seeds.items()}).sums
 
 
 def test_outputs_are_the_model_s(model: nn.Module, rewritten: fx.GraphModule) -> None:
@@ -143,8 +152,8 @@ def test_audit(rewritten: fx.GraphModule) -> None:
     """Sums only when asked for, for every node that relevance passes, and law 1 on them."""
     inputs = example(2, 3)
     seed = torch.ones(2, 3, 5, dtype=DOUBLE)
-    assert read(rewritten, inputs, {1: seed}).sums == {}
-    sums = read(rewritten, inputs, {1: seed}, audit=True).sums
+    assert read(rewritten, inputs, {1: seed}).postings == {}
+    sums = audited(rewritten, inputs, {1: seed})
     passed = [n for n in rewritten.graph.nodes if n.target in PULLBACKS and n.name in sums]
     assert len(passed) == len(sums) > 8
     for received, handed_on, absorbed in sums.values():
@@ -155,9 +164,9 @@ def test_indices_have_no_relevance(rewritten: fx.GraphModule) -> None:
     """Of top-k only the values carry relevance; its indices have none."""
     inputs = example(2, 3)
     seed = torch.ones(2, 3, dtype=DOUBLE)
-    reading = read(rewritten, inputs, {2: seed}, audit=True)
+    sums = audited(rewritten, inputs, {2: seed})
     (topk,) = [n for n in rewritten.graph.nodes if n.target is ops.winner]
-    received, passed, absorbed = reading.sums[topk.name].tolist()
+    received, passed, absorbed = sums[topk.name].tolist()
     assert received == pytest.approx(passed)
     assert absorbed == 0
 

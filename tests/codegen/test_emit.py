@@ -158,7 +158,7 @@ def test_what_cannot_be_traced_says_where() -> None:
     with pytest.raises(RuleError, match="could not be traced") as caught:
         attnlrp_fx.compile(model, torch.randn(2, 3), backend="eager", fallback="gradient")
     assert "undifferentiable" in caught.value.where
-    assert "test_codegen.py" in caught.value.where
+    assert "test_emit.py" in caught.value.where
     assert "RuntimeError: " in caught.value.why
     assert "\n" not in caught.value.why
     assert caught.value.remedy

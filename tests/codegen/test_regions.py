@@ -31,6 +31,7 @@ from models import (
     tokens,
     transformers_model,
 )
+from references import Oracle, read_tape
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -46,7 +47,7 @@ from attnlrp_fx import (
     WSquare,
     compiler,
 )
-from attnlrp_fx.calculus.tape import Channel, Reading, Tape
+from attnlrp_fx.calculus.tape import Channel, Tape
 from attnlrp_fx.capture import capture
 from attnlrp_fx.codegen import regions
 from attnlrp_fx.codegen.attributes import Attributes
@@ -285,7 +286,7 @@ def padded(inputs: Inputs) -> Inputs:
     return inputs
 
 
-def on_tape(explainer: ExplainableGraphModule, inputs: Inputs, index: int) -> Reading:
+def on_tape(explainer: ExplainableGraphModule, inputs: Inputs, index: int) -> Oracle:
     """Relevance of a logit of the last position, without a tracer and without programs."""
     (found,) = explainer._programs.compiled.values()
     (output,) = found.schedule.seeded
@@ -294,7 +295,7 @@ def on_tape(explainer: ExplainableGraphModule, inputs: Inputs, index: int) -> Re
         flat = tape.run(*inputs.values())
         seed = torch.zeros_like(flat[output])
         (seed[:, -1] if seed.dim() == 3 else seed)[:, index] = 1
-        return tape.reverse({outputs_of(explainer.rewritten.graph)[output]: seed}, audit=True)
+    return read_tape(tape, {outputs_of(explainer.rewritten.graph)[output]: seed})
 
 
 @pytest.mark.parametrize("case", DEEP[1:], ids=str)

@@ -163,7 +163,7 @@ def test_near_miss_of_what_only_a_constant_needs():
 def test_every_rule_names_its_node():
     before, after, result = assigned(block)
     known = {node.name: node for node in before.graph.nodes}
-    rewritten = [node for node in after.graph.nodes if "absorbs" in node.meta]
+    rewritten = [node for node in after.graph.nodes if "formula" in node.meta]
     assert len(rewritten) == result.changes - 1
     for node in rewritten:
         assert node.meta["constructed_by"] in ("assign_rules", "raise_activations")

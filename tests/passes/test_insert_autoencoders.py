@@ -47,7 +47,7 @@ def test_outputs_stay_and_the_error_keeps_its_share(parts, editable):
     value = model[:2](x)
     torch.testing.assert_close(features.activation, sae.encode(value))
     torch.testing.assert_close(error.activation, value - sae.decode(sae.encode(value)))
-    kept = found.ledger.by_reason()["reconstruction error"]
+    kept = found.ledger.by_cause()["reconstruction error"]
     assert kept == pytest.approx(float(error.relevance.sum()), abs=1e-12)
     assert abs(found.ledger.residual) < 1e-12
     coefficient = model[2].weight[1] * torch.eye(7)[-1][:, None]

@@ -260,7 +260,7 @@ RULES: list[Rule] = [
 
 def test_every_relevance_op_has_a_rule() -> None:
     assert {rule.op for rule in RULES} == set(ops.RELEVANCE_OPS)
-    assert all(rule.absorbs for rule in RULES)
+    assert all(rule.formula for rule in RULES)
     assert ZPlus().op is AlphaBeta().op
 
 

@@ -73,7 +73,7 @@ def test_as_one_at_a_time(name: str, audit: bool, explain: Explain) -> None:
     for one, own in zip(found, expected, strict=True):
         if audit:
             assert abs(one.ledger.residual) < 1e-9
-            assert one.ledger.by_reason() == pytest.approx(own.ledger.by_reason())
+            assert one.ledger.by_cause() == pytest.approx(own.ledger.by_cause())
 
 
 @pytest.mark.parametrize("kind", [Logit, Contrast, LogProb])
