@@ -26,9 +26,9 @@ import typer
 from peaks import peak_of
 from rich.console import Console
 from rich.table import Table
+from speed import llama, text
 from timing import medians
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnlrp_fx
 from attnlrp_fx import ExplainableGraphModule
@@ -37,27 +37,6 @@ RESULTS = Path(__file__).parent / "results"
 FORWARD, PEER = "forward", "lxt-style, eager"
 FAST, BALANCED, SMALL = "ours, fast", "ours, balanced", "ours, small"
 console = Console()
-
-
-def llama(layers: int, tokens: int) -> LlamaForCausalLM:
-    """A llama with random weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        max_position_embeddings=max(tokens, 2048),
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
-def text(vocabulary: int, length: int, device: str) -> dict[str, Tensor]:
-    """A random text of one row."""
-    generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(3, vocabulary, (1, length), generator=generator)
-    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
 
 
 def forward(model: Any, inputs: dict[str, Tensor]) -> None:
@@ -79,6 +58,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each contestant; sizes in bytes."""
     model = llama(layers, tokens).to(device=device, dtype=getattr(torch, dtype))
+    model.requires_grad_(False)
     inputs = text(model.config.vocab_size, tokens, device)
     explainers: dict[str, ExplainableGraphModule] = {}
     for memory in ("fast", "balanced", "small"):
