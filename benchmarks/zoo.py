@@ -67,6 +67,7 @@ from attnlrp_fx.passes import (
 )
 from attnlrp_fx.rules.composites import COMPOSITES
 from attnlrp_fx.runtime.explainer import ExplainableGraphModule
+from attnlrp_fx.runtime.seeding import seeds_of
 from attnlrp_fx.targets import Logit, Outputs, dense
 
 RESULTS = Path(__file__).parent / "results"
@@ -221,7 +222,9 @@ def on_tape(explainer: ExplainableGraphModule, inputs: Inputs) -> tuple[dict[str
     with torch.no_grad():
         tape = Tape(rewritten, explainer._attributes.values(device))
         flat = tape.run(*values)
-        chosen, found = explainer._seed(explainer._target, flat, given)
+        chosen, found = seeds_of(
+            explainer._target, explainer.rewritten, explainer._convention, flat, given
+        )
         seeds = {i: dense(seed, flat[i]) for i, seed in found.items()}
         outputs = rewritten.graph.output_node().args[0]
         starting = {outputs[i]: seed for i, seed in seeds.items()}

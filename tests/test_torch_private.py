@@ -45,6 +45,7 @@ def test_every_function_is_tested() -> None:
     }
     assert public == {
         "unlike_symbols",
+        "grows_with",
         "decompositions",
         "inductor",
         "fake_mode_of",
@@ -131,6 +132,18 @@ def test_typical_size() -> None:
     assert torch_private.typical_size(batch, 64) == 64.0
     assert torch_private.typical_size(2 * batch + 3, 10) == 23.0
     assert torch_private.typical_size(batch * width, 8) == 64.0
+
+
+def test_grows_with() -> None:
+    """A size is a multiple of another, does not depend on it, or does so in another way."""
+    node = _captured(SAME).graph.find_nodes(op="placeholder")[0]
+    batch, width = node.meta["val"].shape
+    assert torch_private.grows_with(batch, batch) is True
+    assert torch_private.grows_with(batch * width * 3, batch) is True
+    assert torch_private.grows_with(width, batch) is False
+    assert torch_private.grows_with(5, batch) is False
+    assert torch_private.grows_with(batch + 1, batch) is None
+    assert torch_private.grows_with(batch * batch, batch) is None
 
 
 def test_sizes_that_divide_by_zero() -> None:

@@ -53,6 +53,8 @@ class Unpadded:
             given: all of the graph's inputs by name.
             attributes: the graph's tensors by name.
         """
+        if any(value.is_meta for value in given.values()):
+            return False
         if not all(_is_ones(given[name]) for name in self.inputs):
             return False
         sizes = tuple(value.shape for value in given.values())
@@ -73,8 +75,11 @@ def unpadded(
         attributes: the graph's tensors by name.
 
     Returns:
-        The graph; None if it has no such masks, or if the example has padding or one token.
+        The graph; None if it has no such masks, or if the example has padding, or one token, or
+        no values.
     """
+    if any(value.is_meta for value in example.values()):
+        return None
     masked = [node for node in rewritten.graph.nodes if _mask_of(node) is not None]
     masks = list(dict.fromkeys(mask for n in masked if (mask := _mask_of(n)) is not None))
     reads = {mask: _read_by_value(mask) for mask in masks}
@@ -83,7 +88,7 @@ def unpadded(
         for mask in masks
         if all(n.target in example and _is_ones(example[str(n.target)]) for n in reads[mask])
     ]
-    if not ready or any(value.is_meta for value in example.values()):
+    if not ready:
         return None
     values = _run(_alone(rewritten, ready), example, attributes)
     causal = {
@@ -176,8 +181,7 @@ def _alone(rewritten: fx.GraphModule, masks: Sequence[fx.Node]) -> fx.GraphModul
     values: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(rewritten.graph, values)
     graph.output([values[mask] for mask in masks])
-    graph.eliminate_dead_code()
-    return fx.GraphModule(rewritten, graph)
+    return _living(rewritten, graph)
 
 
 def _without(rewritten: fx.GraphModule, causal: Mapping[fx.Node, bool]) -> fx.GraphModule:
@@ -193,5 +197,12 @@ def _without(rewritten: fx.GraphModule, causal: Mapping[fx.Node, bool]) -> fx.Gr
             copy.kwargs = {k: v for k, v in copy.kwargs.items() if k != "attn_mask"}
             if causal[mask]:
                 copy.kwargs = {**copy.kwargs, "is_causal": True}
-    graph.eliminate_dead_code()
-    return fx.GraphModule(rewritten, graph)
+    return _living(rewritten, graph)
+
+
+def _living(rewritten: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A graph without what nothing reads, on the same parameters."""
+    made = fx.GraphModule(rewritten, graph)
+    made.graph.eliminate_dead_code()
+    made.recompile()
+    return made

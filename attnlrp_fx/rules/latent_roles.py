@@ -164,17 +164,17 @@ class LatentRoles:
                         yield Playing(factor)
 
     def _residual(self) -> Iterator[Playing]:
-        before: dict[fx.Node, int] = {}  # the nodes that a value is computed from, a bit for each
-        bit: dict[fx.Node, int] = {}
+        before: dict[fx.Node, int] = {}  # the nodes that a value is computed from, as flags
+        flag: dict[fx.Node, int] = {}
         for node in self.graph.nodes:
             if node in self.explained:
-                bit[node] = 1 << len(bit)
+                flag[node] = 1 << len(flag)
                 before[node] = 0
                 for leaf in self._inputs(node):
-                    before[node] |= before[leaf] | bit[leaf]
+                    before[node] |= before[leaf] | flag[leaf]
                 if is_join(node, self.explained):
                     a, b = (self._uncast(leaf) for leaf in node.args)
-                    if bit[a] & before[b] or bit[b] & before[a]:
+                    if flag[a] & before[b] or flag[b] & before[a]:
                         yield Playing(node)
 
     def _uncast(self, node: Any) -> fx.Node:

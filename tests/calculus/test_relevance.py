@@ -465,7 +465,7 @@ def test_factored() -> None:
     x, r = torch.tensor([2.0, 0.0, -4.0]), torch.tensor([1.0, 5.0, 2.0])
     c, lost = factored(x, None, r)
     assert c.tolist() == [0.5, 0.0, -0.5]
-    assert (lost.item(), lost.dtype) == (5.0, DOUBLE)
+    assert (lost.item(), lost.dtype) == (5.0, torch.float32)
     c, lost = factored(x, torch.ones(3), r)
     assert c.tolist() == [1.5, 1.0, 0.5]
     parts, lost = factored((x, x), None, [r, 2 * r])

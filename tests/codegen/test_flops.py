@@ -132,7 +132,8 @@ def test_operations_of_a_program(explain: Explain) -> None:
     """All of its products, as expressions, are what its cost says."""
     for name in ("llama", "t5"):
         explainer = explain(BY_NAME[name])
-        (compiled,) = explainer._programs.compiled.values()
+        device = torch.device("cpu")
+        compiled = explainer._programs.example(explainer._default_seeds(), device)
         steps = (*compiled.schedule.forward, *compiled.schedule.relevance)
         nodes = [node for step in steps for node in step.graph_module.graph.nodes]
         sizes = explainer._programs.keeping().sizes

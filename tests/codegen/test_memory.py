@@ -281,7 +281,7 @@ def test_small_keeps_what_regions_hand_on(name: str) -> None:
     cost = found.cost(**found._convention.given)
     handed = {node: node.meta["val"] for region in schedule.regions for node in region.outputs}
     tensors = [value for value in handed.values() if isinstance(value, Tensor)]
-    sizes = found._keeping().sizes
+    sizes = found._programs.keeping().sizes
     most = sum(typical_size(t.numel(), 0, sizes) * t.dtype.itemsize for t in tensors)
     assert 0 < cost.saved <= most
 
@@ -351,7 +351,7 @@ def test_balanced_is_half_where_it_can_be(name: str) -> None:
 def test_a_budget_is_met() -> None:
     """By the highest price that fits."""
     everything = blocks(backend="eager")
-    schedule, keeping = schedule_of(everything), everything._keeping()
+    schedule, keeping = schedule_of(everything), everything._programs.keeping()
     prices = memory._prices(schedule, keeping.sizes)
     assert prices == sorted(prices)
     cuts = [Keeping(keeping.elementwise, price, keeping.sizes) for price in (0.0, *prices)]

@@ -59,7 +59,7 @@ def test_slots_are_emptied(explainer: ExplainableGraphModule) -> None:
     found = schedule.run_relevance(values, seeds(explainer, len(X)), run.run)
     assert held(values) == {*schedule.attributes.values(), *schedule.explained.values()}
     assert found.relevance["x"] is values[schedule.explained["x"]]
-    assert not found.sums
+    assert not found.postings
 
 
 @torch.no_grad()

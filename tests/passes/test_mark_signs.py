@@ -39,7 +39,7 @@ def context(*entries):
 def marked(function, x, *entries, **parameters):
     """Before, after, and what the pass says."""
     before = captured(Written(function, **parameters), {"x": x})
-    run_passes(before, context(*entries), (*NORMALISE, *RAISE, *ASSIGN[:-1]))
+    run_passes(before, context(*entries), (*NORMALISE, *RAISE, *ASSIGN[: ASSIGN.index(mark_signs)]))
     after = copy_of(before)
     (result,) = run_passes(after, context(*entries), (mark_signs,))
     return before, after, result

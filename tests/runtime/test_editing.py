@@ -124,9 +124,8 @@ def test_an_expert_is_ablated_wherever_it_was_chosen():
     torch.testing.assert_close(found.latent[EXPERTS].activation[~chosen], kept)
     assert abs(found.ledger.residual) < 1e-9
     router = found.latent["model.layers.0.mlp.gate:router"]
-    first = mixture(example("mixtral"), conditions={router.name: Keep(None, positions=[0])}).latent[
-        router.name
-    ]
+    condition = {router.name: Keep(None, positions=[0])}
+    first = mixture()(example("mixtral"), conditions=condition).latent[router.name]
     assert not first.unit_relevance[:, 1:].any()
 
 
