@@ -53,12 +53,20 @@ class Read:
 
     relevance: dict[str, Tensor]
     """By explained input."""
-    postings: dict[tuple[str, Account], float] = field(default_factory=dict)
-    """By node of the rewritten graph, empty unless audited."""
+    audited: Sequence[tuple[str, Account]] = ()
+    """The postings of nodes of the rewritten graph; none unless audited."""
+    sums: Sequence[Tensor] = ()
+    """What they amount to, in order, on the device where they were added up."""
     weights: dict[str, Weight] = field(default_factory=dict)
     """By parameter, empty unless asked for."""
     latent: dict[str, Tensor] = field(default_factory=dict)
     """By marker in the rewritten graph: relevance of the latent values that it reaches."""
+
+    @property
+    def postings(self) -> dict[tuple[str, Account], float]:
+        """By node of the rewritten graph what it posted."""
+        sums = torch.cat(list(self.sums)).tolist() if self.sums else []
+        return dict(zip(self.audited, sums, strict=True))
 
 
 @dataclass(frozen=True)
@@ -156,10 +164,9 @@ class Schedule:
                 _add(values, slot, result)
             for slot in step.emptied:
                 values[slot] = None
-        sums = torch.cat(postings).tolist() if postings else []
         relevance = {name: values[slot] for name, slot in self.explained.items()}
         weights = {n: Weight(values[a], values[b]) for n, (a, b) in self.weighed.items()}
-        return Read(relevance, dict(zip(audited, sums, strict=True)), weights, latent)
+        return Read(relevance, audited, postings, weights, latent)
 
 
 def _add(values: Values, slot: int, value: Tensor) -> None:
