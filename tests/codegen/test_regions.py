@@ -221,7 +221,7 @@ DEEP = (
         num_hidden_layers=3,
         head_dim=8,
         sliding_window=3,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     ),
     _case(
         "t5",
