@@ -22,7 +22,7 @@ def test_every_file(tmp_path: Path) -> None:
     for path in (html, dot, explorer, flow, tmp_path / "graph.rule.json"):
         assert path.stat().st_size > 1000
     for part in (
-        "ops on the path have a rule",
+        "all 78 ops on the path have a rule",
         "Absorbed by cause",
         "R_in = R_out",
         "def rewritten(",

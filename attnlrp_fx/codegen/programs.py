@@ -7,7 +7,7 @@ graph's regions, whose programs a backend has compiled.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -81,14 +81,10 @@ class Compiled:
 
     def run(self, step: Step, arguments: Sequence[Any], values: Values) -> Sequence[Any]:
         """One step."""
-        runnable, results = self.runnables[step.graph_module], None
+        runnable = self.runnables[step.graph_module]
         if self.checkpointed and torch.is_grad_enabled():
-            results = checkpoint(
-                runnable, *arguments, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            results = runnable(*arguments)
-        assert isinstance(results, Sequence)
+            runnable = partial(checkpoint, runnable, use_reentrant=False, preserve_rng_state=False)
+        results: Sequence[Any] = runnable(*arguments)
         return results
 
 

@@ -179,7 +179,7 @@ def test_killed_at_random(
 
     class Slow(list[str]):
         def __getitem__(self, index: Any) -> Any:
-            time.sleep(0.003)
+            time.sleep(0.01)
             return super().__getitem__(index)
 
     while not (tmp_path / "run" / store.RESULT).exists():
@@ -190,7 +190,7 @@ def test_killed_at_random(
             killed += 1
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
-    assert killed >= 1
+    assert killed >= 3
     collect(explainer, texts, tmp_path / "run")
     assert result(tmp_path / "run") == result(whole)
     assert not list((tmp_path / "run").glob("part-*"))
