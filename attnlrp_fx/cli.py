@@ -16,6 +16,7 @@ from rich.table import Table
 
 from attnlrp_fx import __version__
 from attnlrp_fx.commands import check_writable, no_collection, one_line_errors, stages
+from attnlrp_fx.doctor_command import doctor
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.files import write_atomically
 from attnlrp_fx.inspect_command import inspect
@@ -311,6 +312,7 @@ def composites(
 app.command()(inspect)
 app.command()(neurons)
 app.command()(neuron)
+app.command()(doctor)
 
 
 def _write(

@@ -25,6 +25,7 @@ from attnlrp_fx.runtime.explanation import Explanation
 from attnlrp_fx.runtime.explanations import Explanations
 from attnlrp_fx.runtime.labels import Labels
 from attnlrp_fx.targets import Target, TargetLike, as_target, outputs_as_seen
+from attnlrp_fx.torch_private import TRACING
 
 
 def compile(
@@ -131,7 +132,8 @@ def compile(
     normalisation = None if processor is None else Normalisation.of(processor)
     stage("capturing the model")
     start = time.perf_counter()
-    captured = capture(model, inputs, dynamic_shapes)
+    with TRACING:
+        captured = capture(model, inputs, dynamic_shapes)
     seconds = time.perf_counter() - start
     stage("rewriting the graph")
     wanted = as_target(target)
@@ -144,7 +146,8 @@ def compile(
         editable=editable,
         sliced=_sliced(captured, wanted) if target_slice else (),
     )
-    rewriting = rewrite(captured, context, passes)
+    with TRACING:
+        rewriting = rewrite(captured, context, passes)
     module = captured.graph_module if isinstance(model, ExportedProgram) else model
     options = ExplainerOptions(
         programs=ProgramOptions(

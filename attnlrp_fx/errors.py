@@ -59,3 +59,7 @@ class ModelNotFoundError(AttnLRPError, OSError):
 
 class MissingExtraError(AttnLRPError, ImportError):
     """A feature needs an optional dependency that is not installed."""
+
+
+class OutOfMemoryError(AttnLRPError, MemoryError):
+    """A batch does not fit into memory; the message names the options that need less."""

@@ -11,6 +11,8 @@
 - `size_assumptions`, `fails`: the branches that capture took by size; `torch.export` would check
   them at run time only in the calling convention that a rewritten graph no longer has.
 - `outside_of_tracing`: computing with real values while a model is traced.
+- `TRACING`: what tracing and compiling set (modes, patched methods, counters of symbols) belongs to
+  the process, so that only one thread may do it at a time.
 - `own_backwards`: no hook tells that an `autograd.Function` is called, so its `apply` is watched.
 - `decompositions`: ops written out, for those whose own derivative is not exact.
 - `typical_size`, `grows_with`: what a symbolic size would be, and whether it is a multiple of
@@ -19,6 +21,7 @@
 `tests/test_torch_private.py` uses each of them, so that an upgrade fails loudly.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
@@ -31,6 +34,9 @@ from torch._decomp import get_decompositions
 from torch._inductor import standalone_compile
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
+
+TRACING = threading.RLock()
+"""Held while a model is captured, and while a program is traced and compiled."""
 
 
 @contextmanager

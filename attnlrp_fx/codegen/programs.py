@@ -32,7 +32,7 @@ from attnlrp_fx.codegen.unpadded import Unpadded, unpadded
 from attnlrp_fx.graph.operators import outputs_of, placeholders_of
 from attnlrp_fx.passes.mark_latents import markers_of
 from attnlrp_fx.passes.return_latents import RETURNED
-from attnlrp_fx.torch_private import typical_size
+from attnlrp_fx.torch_private import TRACING, typical_size
 
 Stage = Callable[[str], None]
 
@@ -154,8 +154,9 @@ class Programs:
 
     def _made(self, served: Served) -> Compiled:
         if served not in self.compiled:
-            with without_autocast():
-                self.compiled[served] = self._compile(served)
+            with TRACING, without_autocast():
+                if served not in self.compiled:  # by another thread, meanwhile
+                    self.compiled[served] = self._compile(served)
         return self.compiled[served]
 
     def flat(self, seeded: tuple[int, ...], device: torch.device) -> fx.GraphModule:
@@ -164,7 +165,7 @@ class Programs:
             outputs = outputs_of(self._rewritten.graph)
             seeds = [_seed_port(i, outputs[i]) for i in seeded]
             values, options = self._attributes.values(), self._emit_options(device)
-            with without_autocast():
+            with TRACING, without_autocast():
                 self._flat[device] = emit(self._rewritten, seeds, values, options).graph_module
         return self._flat[device]
 

@@ -39,7 +39,7 @@ from attnlrp_fx.runtime.generation import explain_generation
 from attnlrp_fx.runtime.labels import Labels
 from attnlrp_fx.runtime.latent import latent_outputs, read_latents
 from attnlrp_fx.runtime.mapping import Mapped, map_dataset
-from attnlrp_fx.runtime.modes import computing, not_traced
+from attnlrp_fx.runtime.modes import computing, not_traced, short_of_memory
 from attnlrp_fx.runtime.seeding import Seeds, entering, kinds_of, seeds_of
 from attnlrp_fx.runtime.weight_relevance import Sums, Weighed, WeightRelevance, weight_relevance
 from attnlrp_fx.targets import (
@@ -56,7 +56,7 @@ from attnlrp_fx.targets import (
     positions_of,
     targets_of,
 )
-from attnlrp_fx.torch_private import typical_size
+from attnlrp_fx.torch_private import TRACING, typical_size
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,18 @@ class ExplainableGraphModule(Inspectable, nn.Module):
             False  # the explained model is the one in evaluation mode, however it is set
         )
 
+    def __reduce__(self) -> Any:
+        """Neither copied nor pickled: programs belong to a process, and to one model.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "an explainer can be neither copied nor pickled",
+            why="its programs are compiled for this process and read this model's parameters",
+            remedy="compile the copy of the model, or compile in the other process",
+        )
+
     @property
     def captured(self) -> fx.GraphModule:
         """What the model does, as it was captured; takes and returns flat lists."""
@@ -257,6 +269,7 @@ class ExplainableGraphModule(Inspectable, nn.Module):
             InputError: the inputs do not fit.
             TargetError: the outputs do not have the target.
             NonFiniteError: only with check_finite.
+            OutOfMemoryError: the batch does not fit into memory.
         """
         device = self._attributes.device()
         if device.type == "meta" and (check_finite or self._options.programs.audit):
@@ -267,7 +280,8 @@ class ExplainableGraphModule(Inspectable, nn.Module):
             edits = {"conditions": conditions, "interventions": interventions}
             return self._whole()(given, target=target, check_finite=check_finite, **edits)  # type: ignore[no-any-return]
         given |= self._edits(given, conditions, interventions)
-        with computing(self._options.programs.differentiable):
+        memory = short_of_memory(self._savings(given, targets))
+        with memory, computing(self._options.programs.differentiable):
             found, forward = self._explain(targets, given, given)
         asked = _at_the_only_position(targets) if self._sliced else targets
         for one in asked if check_finite else ():
@@ -551,7 +565,8 @@ class ExplainableGraphModule(Inspectable, nn.Module):
 
     def _sibling(self, context: PassContext) -> "ExplainableGraphModule":
         """The same model rewritten otherwise."""
-        rewriting = rewrite(self._convention, context, self._rewriting.passes)
+        with TRACING:
+            rewriting = rewrite(self._convention, context, self._rewriting.passes)
         seconds = self._report.capture_seconds
         made = ExplainableGraphModule(
             self.model, self._convention, rewriting, self._options, seconds
@@ -621,7 +636,8 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         try:
             found = list(self._explanations(forward, asked, shown))
         except _OtherOutputs:  # a function of the outputs may read others each time
-            del self._seeded[kinds], forward
+            self._seeded.pop(kinds, None)
+            del forward
             return self._explain(targets, given, whole)
         return found, forward
 
@@ -629,14 +645,29 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         self, targets: Sequence[Target], kinds: tuple[Any, ...], given: dict[str, Tensor]
     ) -> _Forward:
         """A forward pass of the program that has seeds for what targets of some kinds read."""
-        seeded = self._seeded.get(kinds) or self._default_seeds()
+        known = self._seeded.get(kinds)
+        seeded = known or self._default_seeds()
         forward = self._run_forward(seeded, given)
-        if kinds not in self._seeded:
+        if known is None:
             read = {i for target in targets for i in self._seed(target, forward)[1]}
-            self._seeded[kinds] = seeded if read <= set(seeded) else tuple(sorted(read))
-            if self._seeded[kinds] != seeded:
-                forward = self._run_forward(self._seeded[kinds], given)
+            found = seeded if read <= set(seeded) else tuple(sorted(read))
+            self._seeded[kinds] = found
+            if found != seeded:
+                forward = self._run_forward(found, given)
         return forward
+
+    def _savings(self, given: Mapping[str, Tensor], targets: Sequence[Target]) -> list[str]:
+        """What would need less memory than a call does."""
+        found = []
+        if len(next(iter(given.values()))) > 1:
+            found.append("pass fewer rows at a time")
+        if len(targets) > 1:
+            found.append("pass fewer targets at a time")
+        if self._options.programs.memory != "small":
+            found.append('compile with memory="small"')
+        if not self._sliced:
+            found.append("compile with target_slice=True if outputs are wanted at one position")
+        return [*found, "shorten the inputs"]
 
     def _edits(
         self,

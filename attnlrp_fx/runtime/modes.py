@@ -1,12 +1,13 @@
-"""Modes of PyTorch's in which programs run, whatever surrounds a call."""
+"""Around the run of a program: modes of PyTorch, and what is said when memory is short."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
 
 from attnlrp_fx.capture.autocast import without_autocast
+from attnlrp_fx.errors import OutOfMemoryError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,3 +33,23 @@ def computing(differentiable: bool = False) -> Iterator[None]:
         without_autocast(),
     ):
         yield
+
+
+@contextmanager
+def short_of_memory(remedies: Sequence[str]) -> Iterator[None]:
+    """Say what helps if a batch does not fit into memory.
+
+    Raises:
+        OutOfMemoryError: an allocation failed.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # of a CPU's memory PyTorch raises the latter
+        is_short = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_short and "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemoryError(
+            "there is not enough memory to explain this batch",
+            why=" ".join(str(error).split())[:300],
+            remedy=", or ".join(remedies),
+        ) from error
