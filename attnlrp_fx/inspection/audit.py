@@ -189,7 +189,7 @@ def audit(
     flat = [tape.env[n] if isinstance(n, fx.Node) else n for n in outputs_of(rewritten.graph)]
     ledger = Book(rewritten.graph).read(
         {key: float(value) for key, value in reading.postings.items()},
-        target=float(chosen.value.double().sum()),
+        target=float(chosen.value.detach().double().sum()),
         seeded=of_outputs(seeds, flat, rewritten),
         inputs={name: float(r.double().sum()) for name, r in reading.relevance.items()},
     )

@@ -35,7 +35,12 @@ class Inspectable:
         raise NotImplementedError
 
     def _audited(
-        self, args: Any, inputs: Any, target: TargetLike, reference: torch.dtype | None
+        self,
+        args: Any,
+        inputs: Any,
+        target: TargetLike,
+        reference: torch.dtype | None,
+        **edits: Any,
     ) -> Audit:
         raise NotImplementedError
 
@@ -85,6 +90,8 @@ class Inspectable:
         *args: Any,
         target: TargetLike = None,
         reference: torch.dtype | None = None,
+        conditions: Any = None,
+        interventions: Any = None,
         **inputs: Any,
     ) -> Audit:
         """Where an explanation's relevance goes, and what speaks against trusting it.
@@ -97,13 +104,15 @@ class Inspectable:
             target: as in a call; one.
             reference: a wider dtype (torch.float32 for a model in bfloat16), in which everything is
                 computed once more to see how many digits of relevance hold.
+            conditions, interventions: as in a call.
             **inputs: as in a call.
 
         Raises:
             InputError: the inputs do not fit, or the model is on the meta device.
             TargetError: the outputs do not have the target.
         """
-        return self._audited(args, inputs, target, reference)
+        edits = {"conditions": conditions, "interventions": interventions}
+        return self._audited(args, inputs, target, reference, **edits)
 
     def to_networkx(self, ledger: Ledger | None = None) -> "nx.DiGraph[str]":
         """The rewritten graph; with an explanation's ledger, edges have its relevance."""

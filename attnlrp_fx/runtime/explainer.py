@@ -204,10 +204,15 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         return Graphs(self.captured, self.rewritten, results, name, lambda: self.program)
 
     def _audited(
-        self, args: Any, inputs: Any, target: TargetLike, reference: torch.dtype | None
+        self,
+        args: Any,
+        inputs: Any,
+        target: TargetLike,
+        reference: torch.dtype | None,
+        **edits: Any,
     ) -> Audit:
         if self._sliced:
-            return self._whole()._audited(args, inputs, target, reference)
+            return self._whole()._audited(args, inputs, target, reference, **edits)
         device = self._attributes.device()
         if device.type == "meta":
             raise _no_values()
@@ -216,7 +221,7 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         return audit(
             self.rewritten,
             self._attributes.values(device),
-            given,
+            given | self._edits(given, **edits),
             lambda flat, read: seeds_of(
                 wanted, self.rewritten, self._convention, flat, read, self._places
             ),

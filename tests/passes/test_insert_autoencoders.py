@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import attnlrp_fx
-from attnlrp_fx import SAE, Clamp, InputError, Neuron
+from attnlrp_fx import SAE, Ablate, Clamp, InputError, Neuron
 from attnlrp_fx.passes import insert_autoencoders  # noqa: F401
 
 
@@ -55,6 +55,26 @@ def test_outputs_stay_and_the_error_keeps_its_share(parts, editable):
     torch.testing.assert_close(
         features.relevance, features.activation * (coefficient @ sae.decoder.weight)
     )
+
+
+def test_the_audit_knows_the_error(parts):
+    """Node by node, and by module, as the ledger that is left on does."""
+    explainer, x = compiled(parts, editable=True), parts[2]
+    found, expected = explainer.audit(x).ledger, explainer(x).ledger
+    assert abs(found.residual) < 1e-12
+    assert found.by_cause()["reconstruction error"] == pytest.approx(
+        expected.by_cause()["reconstruction error"], abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("edits", [{"conditions": {"1": [2]}}, {"interventions": {"1": Ablate(3)}}])
+def test_the_audit_of_an_edited_call_is_that_calls(parts, edits):
+    explainer, x = compiled(parts, editable=True), parts[2]
+    found, expected = explainer.audit(x, **edits), explainer(x, **edits)
+    assert abs(found.ledger.residual) < 1e-12
+    assert found.ledger.by_cause().keys() == expected.ledger.by_cause().keys()
+    assert found.ledger.target == pytest.approx(float(expected.target_value.sum()), abs=1e-12)
+    torch.testing.assert_close(found.relevance["input"], expected.relevance["input"])
 
 
 def test_with_the_gradient_composite_relevance_is_that_of_the_autoencoders_path(parts):

@@ -14,15 +14,23 @@ from torch import Tensor, nn
 import attnlrp_fx
 from attnlrp_fx import (
     COMPOSITES,
+    SAE,
+    AlphaBeta,
     Contrast,
     Epsilon,
+    Flat,
+    Gamma,
     InputError,
     Join,
+    Keep,
     Logit,
     LogProb,
     Match,
+    Neuron,
     RuleError,
+    Scale,
     WSquare,
+    ZPlus,
     epsilon_gamma_box,
 )
 from attnlrp_fx.passes import PIPELINE, drop_assertions, promote_casts
@@ -65,6 +73,11 @@ JOINS = COMPOSITES["epsilon-plus"].with_rules((Match(role="join"), Join("magnitu
 STABLE = COMPOSITES["attnlrp"].with_rules(
     (Match(role="first"), WSquare()), (Match(kind="linear"), Epsilon(1e-2))
 )
+ALONE = [
+    COMPOSITES["attnlrp"].with_rules((Match(kind="linear"), rule))
+    for rule in (AlphaBeta(), Flat(), WSquare(), ZPlus(), Gamma(0.3), Epsilon(0.1))
+]
+"""Each rule in every layer."""
 CHECKED = [
     (BY_NAME["llama"], "attnlrp", None),
     (BY_NAME["llama"], "gradient", LogProb(3)),
@@ -82,6 +95,7 @@ CHECKED = [
             epsilon_gamma_box(-1.0, 1.0),
             JOINS,
             STABLE,
+            *ALONE,
         )
     ),
 ]
@@ -146,6 +160,57 @@ def test_formulations_that_detach_are_wrong():
     wrong, expected = along(leaves, lambda: weighed(silent(inputs)))
     assert abs(float(exact) - expected) <= 1e-6 * abs(expected)
     assert abs(float(wrong) - expected) > 1e-2 * abs(expected)
+
+
+# Inside the model
+
+
+class Autoencoder(nn.Module):
+    """A sparse autoencoder."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return F.silu(self.up(x))
+
+    def decode(self, features: Tensor) -> Tensor:
+        return self.down(features)
+
+
+NEURONS = "model.layers.0.mlp:neurons"
+
+
+@pytest.mark.parametrize(
+    ("target", "edits"),
+    [
+        (None, {}),
+        (LogProb(3), {"conditions": {NEURONS: Keep([1, 5, 9])}}),
+        (Logit(4), {"interventions": {NEURONS: Scale(0.5, [2, 3])}}),
+        (Neuron(NEURONS, unit=7, position=2), {}),
+    ],
+    ids=["plain", "condition", "intervention", "neuron"],
+)
+def test_gradients_of_latent_relevance(target, edits):
+    """Of neurons, heads and an autoencoder's features, by all parameters, the autoencoder's too."""
+    case = BY_NAME["llama"]
+    model, inputs = case.model(torch.float64), case.example(2, 3, torch.float64)
+    autoencoder = randomised(lambda: Autoencoder(32)).double().eval()
+    latent = ["mlp.neurons", "attention.heads", SAE(autoencoder, at="model.layers.0")]
+    explainer = compiled(
+        model, inputs, latent=latent, editable=True, target=target, passes=EXACT, audit=True
+    )
+
+    def loss() -> Tensor:
+        explanation = explainer(inputs, **edits)
+        assert abs(explanation.ledger.residual) < 1e-9
+        found = [one.relevance for one in explanation.latent.values()]
+        return weighed(explanation) + sum(r.square().sum() + r.sum() for r in found)
+
+    leaves = [*model.parameters(), *autoencoder.parameters()]
+    exact, expected = along(leaves, loss, 1e-6)
+    assert abs(float(exact) - expected) <= 1e-6 * abs(expected)
 
 
 # What a training loop does with it
