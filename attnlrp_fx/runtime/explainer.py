@@ -681,6 +681,8 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         interventions: Interventions | None = None,
     ) -> dict[str, Tensor]:
         """The inputs that edit latent values, for inputs of some sizes."""
+        if not (self._editing.names or conditions or interventions):
+            return {}
         sizes, device = self._sizes(given), self._attributes.device()
         batch = len(next(iter(given.values())))
         return self._editing.given(sizes, device, batch, conditions, interventions)
