@@ -30,6 +30,7 @@ def _attention_backward_flops(
 FORMULAS: dict[Any, Any] = {
     aten._grouped_mm: _grouped_flops,
     "transformers::grouped_mm_fallback": _grouped_flops,
+    "attnlrp_fx::grouped_mm": _grouped_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }

@@ -117,6 +117,7 @@ PRODUCTS = {
     "_trilinear": Product((0, 1, 2)),
     "_grouped_mm": Product((0, 1)),
     "transformers::grouped_mm_fallback": Product((0, 1)),
+    "attnlrp_fx::grouped_mm": Product((0, 1)),
 }
 
 ACTIVATIONS = """

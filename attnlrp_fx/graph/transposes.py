@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnlrp_fx.graph.grouped import grouped_mm
 from attnlrp_fx.graph.operators import aten, packet
 
 Transpose = Callable[[Tensor], Sequence[Tensor]]
@@ -82,6 +83,7 @@ TRANSPOSES: dict[Any, Callable[[Any, Any, Any], Transpose | None]] = {
     "transformers::grouped_mm_fallback": _grouped(
         lambda *args: torch.ops.transformers.grouped_mm_fallback(*args)
     ),
+    "attnlrp_fx::grouped_mm": _grouped(grouped_mm),
     aten.view: _reshaped,
     aten.reshape: _reshaped,
     aten._unsafe_view: _reshaped,

@@ -305,6 +305,10 @@ PRODUCTS: dict[str, tuple[list[Tensor], Callable[..., Tensor]]] = {
         [randn(5, 4), randn(3, 4, 8)],
         lambda x, w: torch.ops.transformers.grouped_mm_fallback(x, w, GROUPS),
     ),
+    "attnlrp_fx::grouped_mm": (
+        [randn(5, 4), randn(3, 4, 8)],
+        lambda x, w: torch.ops.attnlrp_fx.grouped_mm(x, w, GROUPS),
+    ),
 }
 
 

@@ -63,6 +63,7 @@ GROUPED: dict[str, tuple[Callable[[], Any], torch.dtype]] = {
         lambda: torch.ops.transformers.grouped_mm_fallback.default,
         torch.float64,
     ),
+    "attnlrp_fx": (lambda: torch.ops.attnlrp_fx.grouped_mm.default, torch.float64),
 }
 
 
