@@ -57,6 +57,10 @@ class ModelNotFoundError(AttnLRPError, OSError):
     """A model directory or name that cannot be loaded."""
 
 
+class ArtefactError(AttnLRPError, ValueError):
+    """A file is damaged, foreign or newer than this version, or something cannot be saved."""
+
+
 class MissingExtraError(AttnLRPError, ImportError):
     """A feature needs an optional dependency that is not installed."""
 

@@ -15,6 +15,8 @@
   the process, so that only one thread may do it at a time.
 - `own_backwards`: no hook tells that an `autograd.Function` is called, so its `apply` is watched.
 - `decompositions`: ops written out, for those whose own derivative is not exact.
+- `SymbolicSizes`, `SIZE_FUNCTIONS`: fake values with symbolic sizes, of a graph that was saved, and
+  the functions that PyTorch writes such sizes with.
 - `typical_size`, `grows_with`: what a symbolic size would be, and whether it is a multiple of
   another, from their expressions.
 
@@ -33,7 +35,9 @@ from torch import fx
 from torch._decomp import get_decompositions
 from torch._inductor import standalone_compile
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._sympy import functions as size_functions
 
 TRACING = threading.RLock()
 """Held while a model is captured, and while a program is traced and compiled."""
@@ -95,6 +99,72 @@ def fresh(value: Any) -> Any:
 def new_fake_mode() -> FakeTensorMode:
     """A mode in which tensors have sizes and no values; a graph's own constants may be real."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+SIZE_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    name: getattr(size_functions, name)
+    for name in (
+        "CeilDiv",
+        "CeilToInt",
+        "CleanDiv",
+        "FloatTrueDiv",
+        "FloorDiv",
+        "FloorToInt",
+        "IntTrueDiv",
+        "Mod",
+        "ModularIndexing",
+        "PythonMod",
+        "ToFloat",
+        "TruncToInt",
+        "Where",
+    )
+}
+"""What PyTorch writes symbolic sizes with, beside sympy's own functions."""
+
+
+class SymbolicSizes:
+    """Sizes made of symbols, and fake tensors of such sizes.
+
+    Args:
+        typical: by symbol an example of it, and the least and the most that it can be.
+        assumptions: relations that are taken to hold.
+    """
+
+    def __init__(
+        self, typical: Mapping[Any, tuple[int, int, int | None]], assumptions: Sequence[Any]
+    ) -> None:
+        self.environment = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self.environment)
+        self._typical = {s: sympy.Integer(example) for s, (example, _, _) in typical.items()}
+        self._made: dict[Any, int | torch.SymInt] = {}
+        constrain = self.environment.constrain_symbol_range
+        for symbol, (example, least, _) in typical.items():
+            self.environment.add_backed_var_to_val(symbol, example)
+            constrain(symbol, compiler_min=least, compiler_max=sympy.oo)
+        for relation in assumptions:
+            if relation.free_symbols <= typical.keys():
+                bool(self.environment.create_symboolnode(relation))
+        for symbol, (_, least, most) in typical.items():  # what follows from them is no assumption
+            constrain(symbol, compiler_min=least, compiler_max=sympy.oo if most is None else most)
+
+    def size(self, expression: Any) -> int | torch.SymInt:
+        """A size.
+
+        Raises:
+            ValueError: it has other symbols, or is no whole number.
+        """
+        if expression.is_Integer:
+            return int(expression)
+        if expression not in self._made:
+            if not expression.free_symbols <= self._typical.keys():
+                raise ValueError(f"nothing is known of {expression}")
+            example = expression.xreplace(self._typical)
+            if not example.is_Integer:
+                raise ValueError(f"{expression} is no size")
+            self._made[expression] = self.environment.create_symintnode(
+                expression, hint=int(example)
+            )
+        return self._made[expression]
 
 
 def decompositions(ops: Sequence[Any]) -> dict[Any, Callable[..., Any]]:

@@ -35,6 +35,25 @@ def _symbols(graph_module: fx.GraphModule) -> list[str]:
     return [str(size) for node in placeholders for size in node.meta["val"].shape]
 
 
+def test_symbolic_sizes() -> None:
+    """Sizes of symbols with examples and ranges; what is assumed about them is kept."""
+    s, t = (sympy.Symbol(name, integer=True, positive=True) for name in ("s0", "s1"))
+    sizes = torch_private.SymbolicSizes({s: (6, 2, 40), t: (3, 2, None)}, [sympy.Le(s, 30)])
+    assert sizes.size(sympy.Integer(4)) == 4
+    with sizes.mode:
+        value = torch.empty(sizes.size(torch_private.SIZE_FUNCTIONS["FloorDiv"](s, 2)), 5)
+    assert isinstance(value, FakeTensor)
+    assert value.shape[0].node.hint == 3  # type: ignore[attr-defined]
+    graph = fx.Graph()
+    graph.placeholder("x").meta["val"] = value
+    graph.output(None)
+    found = torch_private.size_assumptions(fx.GraphModule(nn.Module(), graph))
+    assert any(torch_private.fails(one, {"s0": 35, "s1": 2}) for one in found)
+    assert not any(torch_private.fails(one, {"s0": 30, "s1": 4}) for one in found)
+    with pytest.raises(ValueError, match="nothing is known of s9"):
+        sizes.size(sympy.Symbol("s9", integer=True))
+
+
 def test_every_function_is_tested() -> None:
     """A function added to `torch_private` needs a test here."""
     public = {
