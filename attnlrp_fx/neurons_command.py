@@ -3,14 +3,11 @@
 Under `torchrun` every process takes its share of the data.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -20,82 +17,10 @@ from attnlrp_fx.commands import check_writable, no_collection, one_line_errors, 
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.files import write_atomically
 from attnlrp_fx.loading import DTYPES, TASKS, load, quiet
+from attnlrp_fx.texts import Cut, Texts, longest
 
 if TYPE_CHECKING:
     from attnlrp_fx.statistics.report import LatentStatistics
-
-
-class Texts:
-    """The texts of a file, read line by line whenever they are gone through.
-
-    Args:
-        path: lines of JSON if its name ends with ".jsonl" or ".json": texts, or objects; or else
-            plain lines. Blank lines do not count.
-        column: the key of the text in an object.
-
-    Raises:
-        InputError: there is no such file.
-    """
-
-    def __init__(self, path: Path, column: str = "text") -> None:
-        if not path.is_file():
-            what = f"'{path}' is a directory" if path.is_dir() else f"there is no '{path}'"
-            raise InputError(what, remedy="name a file with a text a line, or lines of JSON")
-        self.path, self.column = path, column
-        self.is_json = path.suffix.lower() in (".jsonl", ".json", ".ndjson")
-        digest, self._count = hashlib.sha256(), 0
-        with open(path, "rb") as file:
-            for line in file:
-                digest.update(line)
-                self._count += bool(line.strip())
-        self.digest = digest.hexdigest()[:16]
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[str]:
-        with open(self.path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield self._text(number, line) if self.is_json else line.rstrip("\r\n")
-
-    def some(self, count: int) -> list[str]:
-        """That many of them, the first again and again if there are fewer.
-
-        Raises:
-            InputError: there are none.
-        """
-        found = list(islice(self, count))
-        if not found:
-            raise InputError(f"'{self.path}' holds no texts", remedy="name another file")
-        return (found * count)[:count]
-
-    def _text(self, number: int, line: str) -> str:
-        where = f"line {number} of '{self.path}'"
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where} is no JSON", why=str(error)) from error
-        text = found.get(self.column) if isinstance(found, dict) else found
-        if not isinstance(text, str):
-            has = f"it has: {', '.join(found)}" if isinstance(found, dict) else f"it is {found!r}"
-            raise InputError(
-                f"{where} has no text '{self.column}'", why=has, remedy="name it with --column"
-            )
-        return text
-
-
-class Cut:
-    """A tokenizer whose texts have a most number of tokens."""
-
-    def __init__(self, tokenizer: Any, length: int) -> None:
-        self._tokenizer, self._length = tokenizer, length
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return self._tokenizer(*args, **options, truncation=True, max_length=self._length)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
 
 
 def neurons(
@@ -211,7 +136,7 @@ def neurons(
             stage("loading the model")
             place = _join_the_others(device)
             loaded, tokenizer = load(model, task, place, dtype)
-            cut = Cut(tokenizer, _most(loaded, tokenizer, length))
+            cut = Cut(tokenizer, longest(loaded, tokenizer, length))
             with quiet():
                 explainer = compile(
                     loaded,
@@ -338,9 +263,3 @@ def _join_the_others(device: str) -> str:
     if device == "cuda":
         return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % cuda.device_count()}"
     return device
-
-
-def _most(model: Any, tokenizer: Any, length: int | None) -> int:
-    """How many tokens a text may have."""
-    read = getattr(model.config, "max_position_embeddings", None) or 2**20
-    return min(length or read, read, getattr(tokenizer, "model_max_length", read))

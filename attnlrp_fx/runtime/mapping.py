@@ -7,7 +7,7 @@ of one before its turn came.
 """
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -192,7 +192,8 @@ class _Explained:
         due = 0
         with Bar(self.loaded.total, self.progress) as bar:
             for batch in self.loaded:
-                waiting |= zip(batch.numbers, self._rows(batch), strict=True)
+                rows = explained_rows(self.explainer, self.loaded, batch, self.outputs)
+                waiting |= zip(batch.numbers, rows, strict=True)
                 self.add(
                     samples=len(batch.numbers),
                     tokens=batch.tokens,
@@ -204,31 +205,37 @@ class _Explained:
                     yield waiting.pop(due)
                     due += 1
 
-    def _rows(self, batch: Batch) -> list[Explanation]:
-        """The explanation of each sample of a batch."""
-        with torch.no_grad():
-            explanation: Explanation = self.loaded.run(batch, self.explainer)
-        whole = explanation.outputs
-        explanation = _in_main_memory(replace(explanation, outputs=None))
-        rows = [explanation.row(i, lengths) for i, lengths in enumerate(batch.lengths)]
-        if self.outputs:
-            rows = [replace(r, outputs=self._outputs(whole, batch, i)) for i, r in enumerate(rows)]
-        return rows
 
-    def _outputs(self, whole: Any, batch: Batch, row: int) -> Any:
-        """The model's outputs of one row, without what padding added to them."""
-        leaves, spec = pytree.tree_flatten(whole)
-        rows = len(next(iter(batch.inputs.values())))
-        found = []
-        for name, leaf in zip(self.explainer._convention.output_names, leaves, strict=True):
-            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows:
-                leaf = leaf[row : row + 1]
-                for dim, mask in enumerate(self.loaded.batcher.layout.outputs.get(name, ())):
-                    if mask and leaf.shape[dim] == batch.inputs[mask].shape[1]:
-                        leaf = leaf.narrow(dim, 0, batch.lengths[row][mask])
-                leaf = leaf.clone() if leaf.is_cpu else leaf.cpu()
-            found.append(leaf)
-        return pytree.tree_unflatten(found, spec)
+def explained_rows(
+    explainer: Explains, loaded: Loaded, batch: Batch, outputs: bool = False
+) -> list[Explanation]:
+    """The explanation of each sample of a batch, in main memory; see `map_dataset`."""
+    with torch.no_grad():
+        explanation: Explanation = loaded.run(batch, explainer)
+    whole = explanation.outputs
+    explanation = _in_main_memory(replace(explanation, outputs=None))
+    rows = [explanation.row(i, lengths) for i, lengths in enumerate(batch.lengths)]
+    if outputs:
+        names = explainer._convention.output_names
+        kept = (_outputs(whole, names, loaded, batch, i) for i in range(len(rows)))
+        rows = [replace(row, outputs=own) for row, own in zip(rows, kept, strict=True)]
+    return rows
+
+
+def _outputs(whole: Any, names: Sequence[str], loaded: Loaded, batch: Batch, row: int) -> Any:
+    """The model's outputs of one row, without what padding added to them."""
+    leaves, spec = pytree.tree_flatten(whole)
+    rows = len(next(iter(batch.inputs.values())))
+    found = []
+    for name, leaf in zip(names, leaves, strict=True):
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows:
+            leaf = leaf[row : row + 1]
+            for dim, mask in enumerate(loaded.batcher.layout.outputs.get(name, ())):
+                if mask and leaf.shape[dim] == batch.inputs[mask].shape[1]:
+                    leaf = leaf.narrow(dim, 0, batch.lengths[row][mask])
+            leaf = leaf.clone() if leaf.is_cpu else leaf.cpu()
+        found.append(leaf)
+    return pytree.tree_unflatten(found, spec)
 
 
 def _in_main_memory(explanation: Explanation) -> Explanation:

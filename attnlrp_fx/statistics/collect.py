@@ -89,10 +89,10 @@ def latent_statistics(
     )
     run = {
         "model": store.fingerprint(explainer.model),
-        "composite": _digest(str(explainer._rewriting.context.composite)),
+        "composite": digest(str(explainer._rewriting.context.composite)),
         "target": f"{explainer._target if target is None else target}"
         + (", one a sample" if targets is not None else ""),
-        "data": _digest(_first(dataset)),
+        "data": digest(first_of(dataset)),
         "samples": loaded.total,
         "latent": list(map(str, explainer._rewriting.context.latent)),
         "options": [loaded.batcher.rows, max_tokens, window, pad, top, context],
@@ -214,7 +214,7 @@ def _wait(world: int) -> None:
         distributed.barrier()
 
 
-def _first(dataset: Any) -> str:
+def first_of(dataset: Any) -> str:
     """The first sample as text, where looking at it takes nothing away."""
     if isinstance(dataset, Iterator):
         return "an iterator"
@@ -231,5 +231,5 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, Tensor) else value
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
