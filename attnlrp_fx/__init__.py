@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attnlrp_fx.compiler import compile, explain, explain_generation, explain_image
     from attnlrp_fx.errors import (
+        ArtefactError,
         AttnLRPError,
         BackendError,
         CaptureError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from attnlrp_fx.inspection.caveats import Caveat
     from attnlrp_fx.inspection.ledger import Ledger
     from attnlrp_fx.neurons import Neuron
+    from attnlrp_fx.restoring import load
     from attnlrp_fx.rules.composites import COMPOSITES, Composite, Match, epsilon_gamma_box
     from attnlrp_fx.rules.rules import (
         AlphaBeta,
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
         ZBox,
         ZPlus,
     )
+    from attnlrp_fx.runtime.ahead import AheadOfTimeExplainer, load_aot
     from attnlrp_fx.runtime.comparison import Comparison
     from attnlrp_fx.runtime.editing import Ablate, Clamp, Keep, Scale
     from attnlrp_fx.runtime.explainer import ExplainableGraphModule
@@ -67,6 +70,7 @@ if TYPE_CHECKING:
     from attnlrp_fx.runtime.mapping import Mapped, Throughput
     from attnlrp_fx.runtime.weight_relevance import WeightRelevance
     from attnlrp_fx.statistics.collect import latent_statistics
+    from attnlrp_fx.statistics.relevance import write_relevance
     from attnlrp_fx.statistics.report import LatentStatistics
     from attnlrp_fx.statistics.shards import PartialStatistics, merge_statistics
     from attnlrp_fx.targets import Contrast, Logit, LogProb
@@ -77,7 +81,9 @@ __all__ = [
     "COMPOSITES",
     "SAE",
     "Ablate",
+    "AheadOfTimeExplainer",
     "AlphaBeta",
+    "ArtefactError",
     "Attention",
     "AttnLRPError",
     "Audit",
@@ -140,9 +146,12 @@ __all__ = [
     "explain_generation",
     "explain_image",
     "latent_statistics",
+    "load",
+    "load_aot",
     "merge_statistics",
     "perturbation_curves",
     "tune",
+    "write_relevance",
 ]
 
 _HOMES = {
@@ -150,6 +159,7 @@ _HOMES = {
     "compiler": ("compile", "explain", "explain_generation", "explain_image"),
     "rules.composites": ("COMPOSITES", "Composite", "Match", "epsilon_gamma_box"),
     "errors": (
+        "ArtefactError",
         "AttnLRPError",
         "BackendError",
         "CaptureError",
@@ -201,6 +211,9 @@ _HOMES = {
         "ZBox",
         "ZPlus",
     ),
+    "restoring": ("load",),
+    "runtime.ahead": ("AheadOfTimeExplainer", "load_aot"),
+    "statistics.relevance": ("write_relevance",),
     "targets": ("Contrast", "Logit", "LogProb"),
     "evaluate.tuning": ("tune",),
 }

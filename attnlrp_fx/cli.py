@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 an error of ours (one line: what, why, what to do), 2 wron
 PyTorch is imported where it is needed, so that `--help` answers at once.
 """
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,8 +17,16 @@ from rich.table import Table
 
 from attnlrp_fx import __version__
 from attnlrp_fx.commands import check_writable, no_collection, one_line_errors, stages
+from attnlrp_fx.compile_command import compile_command
 from attnlrp_fx.doctor_command import doctor
 from attnlrp_fx.errors import InputError
+from attnlrp_fx.explain_command import (
+    Question,
+    TextFile,
+    is_file_of_explainer,
+    of_file,
+    prepare,
+)
 from attnlrp_fx.files import write_atomically
 from attnlrp_fx.inspect_command import inspect
 from attnlrp_fx.loading import DTYPES, EMBEDDED, IMAGES, TASKS, load, quiet, task_of
@@ -60,19 +69,21 @@ def main(
 @app.command()
 def explain(
     given: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="TEXT|IMAGE",
-            help="What the model reads: texts, or files of images; several make a batch.",
+            help="What the model reads: texts, or files of images; several make a batch. With "
+            "--input, instead, the model.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             metavar="DIR_OR_NAME",
-            help="A directory written by save_pretrained, a name on the model hub, or one in this "
-            f"package: {', '.join(EMBEDDED)}. [dim]\\[default: the first, of images the "
-            "second][/dim]",
+            help="A directory written by save_pretrained, a file written by attnlrp-fx compile, a "
+            f"name on the model hub, or one in this package: {', '.join(EMBEDDED)}. "
+            "[dim]\\[default: the first, of images the second][/dim]",
             rich_help_panel="Model",
         ),
     ] = None,
@@ -152,13 +163,14 @@ def explain(
         ),
     ] = None,
     backend: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
-            help="eager is ready at once, inductor compiles first.",
+            help="eager is ready at once, inductor compiles first. "
+            "[dim]\\[default: eager, with --input inductor][/dim]",
             rich_help_panel="Method",
         ),
-    ] = "eager",
+    ] = None,
     fallback: Annotated[
         str,
         typer.Option(
@@ -187,6 +199,40 @@ def explain(
         Path | None,
         typer.Option(
             metavar="FILE", help=f"Write a picture: {', '.join(FIGURES)}.", rich_help_panel="Output"
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help="Explain every text of a file: a text a line, or lines of JSON (.jsonl).",
+            rich_help_panel="Data set",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The table in Parquet. A run that was killed goes on if it is started again.",
+            rich_help_panel="Data set",
+        ),
+    ] = None,
+    column: Annotated[
+        str,
+        typer.Option(
+            metavar="KEY", help="The text's key in lines of JSON.", rich_help_panel="Data set"
+        ),
+    ] = "text",
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", help="Texts in a batch.", rich_help_panel="Data set")
+    ] = 32,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Texts are cut to that many tokens. [dim]\\[default: what the model reads][/dim]",
+            rich_help_panel="Data set",
         ),
     ] = None,
     smooth: Annotated[
@@ -227,8 +273,30 @@ def explain(
     attnlrp-fx explain "a gripping, funny film"
     attnlrp-fx explain --model ./my-model --target " Paris" "The capital of France is"
     attnlrp-fx explain --task image-classification digit.png --figure why.png
+    attnlrp-fx explain ./my-model --input texts.jsonl --output relevance.parquet
     """
+    if not given and data is None and output is None:
+        raise typer.BadParameter("name a text, or the file of an image", param_hint="TEXT|IMAGE")
     with one_line_errors(debug), no_collection():
+        if data is not None or output is not None:
+            if data is None or len(given or []) + (model is not None) > 1:
+                raise InputError(
+                    "--input and --output belong together, with one model",
+                    remedy="attnlrp-fx explain MODEL --input texts.jsonl --output table.parquet",
+                )
+            question = Question(target, composite, backend or "inductor")
+            with stages(quietly) as stage:
+                prepared = prepare(
+                    given[0] if given else model,
+                    TextFile(data, column, length),
+                    output,
+                    (task, device, dtype),
+                    question,
+                    stage,
+                )
+            prepared.write(batch_size, progress=not quietly)
+            return
+        given = given or []
         check_texts(given)
         if task == IMAGES:
             check_images(given)
@@ -252,32 +320,49 @@ def explain(
             from attnlrp_fx.rules.composites import composite_named
 
             composite_named(composite or "attnlrp")
+            backend = backend or "eager"
             backend_named(backend)
             display = Display(smooth)
-            stage("loading the model")
-            loaded, reader = load(model, task, device, dtype)
-            reads_images = task_of(loaded) == IMAGES
-            if smooth and not reads_images:
-                raise InputError("this model reads no images", remedy="leave --smooth out")
-            with quiet():
-                inputs = inputs_of(loaded, reader, given, context, decoder_text)
-                wanted = target_of(loaded, reader, target, position, contrast or [])
-                explainer = compile(
-                    loaded,
-                    inputs,
-                    composite=composite or ("attnlrp-vision" if reads_images else "attnlrp"),
-                    target=wanted,
-                    backend=backend,
-                    fallback=fallback,
-                    positions=positions,
-                    audit=audit,
-                    tokenizer=None if reads_images else reader,
-                    processor=reader if reads_images else None,
-                    dynamic_shapes="auto" if positions else None,  # else sizes equal by chance
-                    on_stage=stage,
-                )
+            if is_file_of_explainer(model):
+                asked = (position, context, decoder_text, smooth or None, positions or None)
+                if contrast or fallback != "error" or asked != (None,) * len(asked):
+                    raise InputError(
+                        "a file says how its model is compiled; --target, --composite, --backend "
+                        "and --device can be chosen",
+                        remedy="leave the other options out, or name the model itself",
+                    )
+                question = Question(target, composite, backend)
+                explainer, inputs, wanted = of_file(str(model), given, question, device, stage)
                 stage("explaining")
-                explanation = explainer(inputs)
+                explanation = explainer(inputs, target=wanted)
+                if audit and explanation.ledger is None:
+                    found = explainer.audit(inputs, target=wanted)
+                    explanation = replace(explanation, ledger=found.ledger)
+            else:
+                stage("loading the model")
+                loaded, reader = load(model, task, device, dtype)
+                reads_images = task_of(loaded) == IMAGES
+                if smooth and not reads_images:
+                    raise InputError("this model reads no images", remedy="leave --smooth out")
+                with quiet():
+                    inputs = inputs_of(loaded, reader, given, context, decoder_text)
+                    wanted = target_of(loaded, reader, target, position, contrast or [])
+                    explainer = compile(
+                        loaded,
+                        inputs,
+                        composite=composite or ("attnlrp-vision" if reads_images else "attnlrp"),
+                        target=wanted,
+                        backend=backend,
+                        fallback=fallback,
+                        positions=positions,
+                        audit=audit,
+                        tokenizer=None if reads_images else reader,
+                        processor=reader if reads_images else None,
+                        dynamic_shapes="auto" if positions else None,  # else equal by chance
+                        on_stage=stage,
+                    )
+                    stage("explaining")
+                    explanation = explainer(inputs)
             if html or json or figure:
                 stage("writing")
                 _write(explanation, display, html, json, figure)
@@ -309,6 +394,7 @@ def composites(
             console.print()
 
 
+app.command("compile")(compile_command)
 app.command()(inspect)
 app.command()(neurons)
 app.command()(neuron)

@@ -50,9 +50,9 @@ class Neuron:
         value, site = outputs.latent[self.site]
         index = _Indexing(value, site, outputs).index(self)
         wide = value.to(torch.promote_types(value.dtype, torch.float32))
-        batch = len(index)
+        batch = index.shape[0]
         seeds = torch.zeros_like(wide).reshape(batch, -1).scatter_(1, index[:, None], 1.0)
-        seeds = seeds.reshape(len(value), -1)
+        seeds = seeds.reshape(value.shape[0], -1)
         return Chosen(
             wide.reshape(batch, -1).gather(1, index[:, None])[:, 0],
             seeds=(Seed(LATENT + self.site, None, seeds),),

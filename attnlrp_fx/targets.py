@@ -5,7 +5,9 @@ gradient with respect to the outputs; for a logit that is 1 at the logit. Nothin
 compiled: another index, position or kind of target runs the same program.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -423,6 +425,23 @@ def positions_of(target: Target, shape: Sequence[int], outputs: Outputs) -> Tens
     return _positions(getattr(target, "position", None), stand_in, outputs)
 
 
+_unread: ContextVar[bool] = ContextVar("_unread", default=False)
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """Within it, targets look at no tensor's values, so that choosing can be traced."""
+    token = _unread.set(True)
+    try:
+        yield
+    finally:
+        _unread.reset(token)
+
+
+def _has_values(device: torch.device) -> bool:
+    return device.type != "meta" and not _unread.get()
+
+
 def _default_output(outputs: Outputs) -> str | None:
     return "logits" if "logits" in outputs.named else next(iter(outputs.named), None)
 
@@ -449,7 +468,7 @@ def last_real(batch: int, length: int, outputs: Outputs, device: torch.device) -
     mask = _mask_of((batch, length), outputs, device)
     if mask is None:
         return torch.full((batch,), length - 1, device=device)
-    if device.type != "meta" and not bool(mask.any(1).all()):
+    if _has_values(device) and not bool(mask.any(1).all()):
         raise TargetError(
             "a row of the attention mask is all zero",
             why="its last token, which would be explained, does not exist",
@@ -491,7 +510,7 @@ def checked_index(value: Index, batch: int, size: int, name: str, device: torch.
             remedy="pass one number for all rows, or one per row",
         )
     outside = (given < -size) | (given >= size)
-    if device.type != "meta" and bool(outside.any()):
+    if _has_values(device) and bool(outside.any()):
         raise TargetError(
             f"{name} {int(given[outside][0])} is out of range",
             why=f"the output has {size} there, so it must lie in [{-size}, {size - 1}]",

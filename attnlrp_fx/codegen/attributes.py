@@ -64,7 +64,7 @@ class Attributes:
                 raise InputError(
                     f"parameter '{name}' is {value.dtype} now",
                     why=f"the model was compiled when it was {dtype}",
-                    remedy="compile the model again after changing its dtype",
+                    remedy="change it by explainer.to(dtype), or compile the model again",
                 )
 
 

@@ -197,9 +197,7 @@ def emit(
     called = [("attribute", name) for name in attributes]
     called += [("input", name) for name in names]
     called += [("seed", f"{SEED}{i}") for i in range(len(seeds))]
-    _name_inputs(traced, called)
-    _clean(traced, options.differentiable)
-    _check_pure(traced)
+    clean(traced, called, options.differentiable)
     if options.differentiable:
         check_differentiable(traced, {node.name: node for node in graph.nodes})
     rest, derived = hoist(traced) if options.keep_derived else (traced, None)
@@ -220,6 +218,24 @@ def emit(
         relevance=relevance,
         derived=derived,
     )
+
+
+def clean(
+    traced: fx.GraphModule, called: Sequence[tuple[str, str]], differentiable: bool = False
+) -> None:
+    """Make a program of a traced graph: flat inputs with names, functional, nothing dead.
+
+    Args:
+        traced: the graph, as make_fx traced it.
+        called: of each input the part that it is of, and its name.
+        differentiable: whether the model's own detaches stay.
+
+    Raises:
+        RuleError: an op writes in place.
+    """
+    _name_inputs(traced, called)
+    _clean(traced, differentiable)
+    _check_pure(traced)
 
 
 def _untraceable(error: Exception, node: fx.Node, phase: str) -> RuleError:

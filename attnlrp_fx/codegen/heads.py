@@ -57,7 +57,7 @@ class Head:
 
 def _rows(seed: Seed, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Where a seed's rows belong, (batch, K), and what they are, (batch, K, features)."""
-    first = torch.zeros(len(seed.weight), dtype=torch.int64, device=weight.device)
+    first = torch.zeros(seed.weight.shape[0], dtype=torch.int64, device=weight.device)
     position = first if seed.position is None else seed.position
     if seed.index is None:
         return position[:, None], (seed.weight.to(weight.dtype) @ weight)[:, None]

@@ -45,7 +45,7 @@ class InputChecks:
         """Of each input a number for a size that was fixed, and a symbol's name for others."""
         self.lookups = _lookups(graph_module)
         self.positions = _positions_graph(graph_module, self.lookups, own)
-        self._assumptions = size_assumptions(graph_module)
+        self.assumptions = size_assumptions(graph_module)
         self._fitting_symbols: set[tuple[tuple[str, int], ...]] = set()
         self._checked_sizes: set[tuple[tuple[int, ...], ...]] = set()
 
@@ -146,7 +146,7 @@ class InputChecks:
         key = tuple(symbols.items())
         if key in self._fitting_symbols:
             return
-        for assumption in self._assumptions:
+        for assumption in self.assumptions:
             if fails(assumption, symbols):
                 raise InputError(
                     "the model takes another path through its code at these sizes",

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from attnlrp_fx import ops
 from attnlrp_fx.calculus.masking import Masked
 from attnlrp_fx.capture.capture import Captured, flat_inputs
+from attnlrp_fx.capture.retype import main_dtype, retyped
 from attnlrp_fx.codegen.attributes import Attributes
 from attnlrp_fx.codegen.cost import Cost, schedule_cost
 from attnlrp_fx.codegen.programs import Compiled, ProgramOptions, Programs, Served
@@ -30,6 +32,7 @@ from attnlrp_fx.neurons import Neuron
 from attnlrp_fx.passes import PassContext
 from attnlrp_fx.passes.slice_targets import POSITIONS
 from attnlrp_fx.rules.composites import Composite, composite_named
+from attnlrp_fx.runtime.ahead import save_ahead
 from attnlrp_fx.runtime.batching import Targets
 from attnlrp_fx.runtime.checks import InputChecks, find_non_finite
 from attnlrp_fx.runtime.editing import Conditions, Editing, Interventions
@@ -40,6 +43,7 @@ from attnlrp_fx.runtime.labels import Labels
 from attnlrp_fx.runtime.latent import latent_outputs, read_latents
 from attnlrp_fx.runtime.mapping import Mapped, map_dataset
 from attnlrp_fx.runtime.modes import computing, not_traced, short_of_memory
+from attnlrp_fx.runtime.saving import save_explainer
 from attnlrp_fx.runtime.seeding import Seeds, entering, kinds_of, seeds_of
 from attnlrp_fx.runtime.weight_relevance import Sums, Weighed, WeightRelevance, weight_relevance
 from attnlrp_fx.targets import (
@@ -118,8 +122,8 @@ class ExplainableGraphModule(Inspectable, nn.Module):
 
     Made by `attnlrp_fx.compile`. Parameters and buffers are the model's own, read at every call:
     an optimiser's step, `load_state_dict` or `.to(device)` shows at once. A first call on another
-    device, or with a target that reads other outputs, compiles a program more; another batch size,
-    length, index or position does not.
+    device or in another dtype (`explainer.to(torch.bfloat16)`), or with a target that reads other
+    outputs, compiles a program more; another batch size, length, index or position does not.
 
     Attributes:
         model: the model itself, untouched.
@@ -580,6 +584,63 @@ class ExplainableGraphModule(Inspectable, nn.Module):
             self._programs.captured_device
         )  # the model may have moved since
         return made
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to`, `.half`, `.double` and the like do: move or convert the model.
+
+        On another device, programs are compiled at the next call. In another dtype, the captured
+        graph is converted as well, see `attnlrp_fx.capture.retype`, rewritten and compiled.
+        """
+        tensors = Attributes(self.model, self.captured).values
+        old = main_dtype(tensors())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        new = main_dtype(tensors())
+        if old is not None and new is not None and old != new:
+            captured = retyped(self._convention, tensors(), old, new)
+            rewriting = rewrite(captured, self._rewriting.context, self._rewriting.passes)
+            seconds, place = self._report.capture_seconds, self._programs.captured_device
+            self.__init__(self.model, captured, rewriting, self._options, seconds)  # type: ignore[misc]
+            self._programs.captured_device = place
+        return self
+
+    def save(self, path: str | Path, *, weights: bool = True, aot: bool = False) -> None:
+        """Write the explainer to a file that `attnlrp_fx.load` reads in another process.
+
+        A torch.export archive: the captured graph, the weights under the model's own names, and, as
+        JSON, inputs and outputs, composite, target, options, report and versions; the tokenizer, if
+        it is a fast one, and how images were normalised. No pickle. It is written whole or not at
+        all.
+
+        Args:
+            path: the file, as "model.lrp.pt2".
+            weights: whether the weights are in it; if not, `load` wants the model.
+            aot: instead, compile the program of the default target ahead of time, weights and all,
+                into an AOTInductor package, for `attnlrp_fx.load_aot` and for C++ (`examples/cpp`).
+                It takes the model's inputs and `index`, (batch,) int64, the class or token to
+                explain, −1 for what the target chooses; it returns the model's outputs, the
+                explained value (batch,), the index, and each explained input's relevance.
+
+        Raises:
+            ArtefactError: something cannot be saved without code: a target that is a function, a
+                rule or a pass of one's own, an autoencoder, an op that is not PyTorch's; or the
+                graph has sizes that are read off values; or the path is no place for a file.
+            BackendError: only with aot, it could not be compiled.
+            OSError: the file cannot be written.
+        """
+        if aot:
+            save_ahead(self, path)
+        else:
+            save_explainer(self, path, weights)
+
+    @property
+    def tokenizer(self) -> Any:
+        """What cuts texts, and gives explanations their tokens; None if there is none."""
+        return self._options.labels.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        labels = replace(self._options.labels, tokenizer=tokenizer)
+        self._options = replace(self._options, labels=labels)
 
     def refresh(self) -> None:
         """Compute kept derived weights anew at the next call.

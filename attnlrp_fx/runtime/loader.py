@@ -148,7 +148,7 @@ def load_batches(
         chosen=target,
         targets=targets,
         tokenizer=tokenizer,
-        padding=_padding(tokenizer, explainer.model),
+        padding=padding_of(tokenizer, explainer.model),
         batch_size=batch_size,
         max_tokens=max_tokens,
         window=window,
@@ -172,7 +172,7 @@ def load_batches(
     return Loaded(loader, batcher, device, total)
 
 
-def _padding(tokenizer: Any, model: nn.Module) -> int:
+def padding_of(tokenizer: Any, model: nn.Module) -> int:
     """The token to pad with: any will do under a mask, but some models look for it themselves."""
     config = getattr(model, "config", None)
     found = (
