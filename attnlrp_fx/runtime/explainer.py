@@ -180,7 +180,7 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         raise InputError(
             "an explainer can be neither copied nor pickled",
             why="its programs are compiled for this process and read this model's parameters",
-            remedy="compile the copy of the model, or compile in the other process",
+            remedy="save it and load the file there, or compile in the other process",
         )
 
     @property
