@@ -171,14 +171,20 @@ class ExplainableGraphModule(Inspectable, nn.Module):
             False  # the explained model is the one in evaluation mode, however it is set
         )
 
+    def __copy__(self) -> "ExplainableGraphModule":
+        """A shallow copy shares the model and the programs."""
+        made = type(self).__new__(type(self))
+        made.__dict__ = dict(self.__dict__)
+        return made
+
     def __reduce__(self) -> Any:
-        """Neither copied nor pickled: programs belong to a process, and to one model.
+        """Neither pickled nor copied deeply: programs belong to a process, and to one model.
 
         Raises:
             InputError: always.
         """
         raise InputError(
-            "an explainer can be neither copied nor pickled",
+            "an explainer can be neither pickled nor copied deeply",
             why="its programs are compiled for this process and read this model's parameters",
             remedy="save it and load the file there, or compile in the other process",
         )
