@@ -142,12 +142,16 @@ class Scores:
 
     def best(self, figure: str = AREA) -> str:
         """The method with the highest mean."""
-        return max(self.methods, key=lambda name: self.methods[name].interval(figure).mean)
+        having = [name for name, one in self.methods.items() if figure in one.figures]
+        return max(having, key=lambda name: self.methods[name].interval(figure).mean)
 
     def behind_best(self, name: str, figure: str = AREA) -> Interval:
-        """Best − this method on the samples that both have: above zero, it is truly behind."""
-        a = self.methods[self.best(figure)].figures[figure]
-        b = self.methods[name].figures[figure]
+        """Best − this method: above zero, it is truly behind."""
+        return self.gap(self.best(figure), name, figure)
+
+    def gap(self, better: str, worse: str, figure: str = AREA) -> Interval:
+        """The paired difference of two methods on the first samples, which both have."""
+        a, b = self.methods[better].figures[figure], self.methods[worse].figures[figure]
         count = min(len(a), len(b))
         return paired_difference(a[:count], b[:count])
 

@@ -74,7 +74,7 @@ class Gradient:
         question = subject.ask(inputs, target)
         method = _captum().Saliency(_forward(question))
         gradient = method.attribute(
-            question.values, abs=False, additional_forward_args=(question.rows,)
+            _watched(question), abs=False, additional_forward_args=(question.rows,)
         )
         return _norm(question, gradient)
 
@@ -87,7 +87,7 @@ class InputXGradient:
         """Value times gradient, summed over features."""
         question = subject.ask(inputs, target)
         method = _captum().InputXGradient(_forward(question))
-        found = method.attribute(question.values, additional_forward_args=(question.rows,))
+        found = method.attribute(_watched(question), additional_forward_args=(question.rows,))
         return question.places_of(found.detach())
 
 
@@ -107,7 +107,7 @@ class IntegratedGradients:
             _captum()
             .IntegratedGradients(_forward(question))
             .attribute(
-                question.values,
+                _watched(question),
                 additional_forward_args=(question.rows,),
                 n_steps=self.steps,
                 internal_batch_size=max(self.rows, len(question)),
@@ -128,7 +128,7 @@ class SmoothGrad:
     def __call__(self, subject: Subject, inputs: Inputs, target: TargetLike = None) -> Tensor:
         """|mean gradient|, never negative; the same noise at every call."""
         question = subject.ask(inputs, target)
-        captum, values = _captum(), question.values
+        captum, values = _captum(), _watched(question)
         method = captum.NoiseTunnel(captum.Saliency(_forward(question)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -305,6 +305,11 @@ def _captum() -> Any:
 def _forward(question: Question) -> Any:
     """What captum calls: values, and which row of the batch each is."""
     return lambda values, rows: question.score(values, rows)
+
+
+def _watched(question: Question) -> Tensor:
+    """The values, ready to be differentiated by."""
+    return question.values.detach().requires_grad_()
 
 
 def _norm(question: Question, gradient: Tensor) -> Tensor:
