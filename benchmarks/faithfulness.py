@@ -69,6 +69,15 @@ def read_state() -> dict[str, Any]:
     return found
 
 
+def keep(task: str, method: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Add one measurement to what another process may have added to meanwhile; all of it."""
+    state = read_state()
+    state.setdefault(task, {})[method] = found
+    state_file().parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(state_file(), json.dumps(state))
+    return state
+
+
 def first_samples(prepared: Prepared, count: int) -> Prepared:
     """As many whole batches as give that many samples."""
     kept, seen = [], 0
@@ -295,13 +304,18 @@ def main(
     if searching:
         search([task.name for task in chosen], samples, console)
         return
-    state = {} if restart else read_state()
+    if restart:
+        state_file().unlink(missing_ok=True)
+    state = read_state()
     todo = {
-        task.name: [
-            name
-            for name in methods_of(task)
-            if name in (methods or METHODS) and name not in state.get(task.name, {})
-        ]
+        task.name: sorted(
+            (
+                name
+                for name in methods_of(task)
+                if name in (methods or METHODS) and name not in state.get(task.name, {})
+            ),
+            key=lambda name: name in EXPENSIVE,
+        )
         for task in chosen
     }
     minutes = sum(task.minutes * len(todo[task.name]) / len(methods_of(task)) for task in chosen)
@@ -321,9 +335,7 @@ def main(
                 bar.update(shown, description=f"{task.name}: {name}")
                 begun = time.perf_counter()
                 found = measure_method(prepared, task, name, methods_of(task)[name])
-                state.setdefault(task.name, {})[name] = found
-                state_file().parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(state_file(), json.dumps(state))
+                state = keep(task.name, name, found)
                 bar.advance(shown)
                 if not console.is_terminal:
                     took = time.perf_counter() - begun

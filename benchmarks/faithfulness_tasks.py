@@ -213,7 +213,7 @@ def _known(name: str) -> Callable[[int, int], Prepared]:
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        Task("lm", language_model, 40, 12, 22.0),
+        Task("lm", language_model, 40, 8, 16.0),
         Task("sentiment", sentiment, 200, 200, 3.0, probabilities=True),
         Task("reactions", reactions, 40, 16, 6.0, probabilities=True),
         Task("recall", _known("recall"), 200, 100, 1.0),

@@ -90,7 +90,7 @@ def split_at(
         value = tail.placeholder(VALUE)
     value.meta = dict(source.meta)
     copies[source].replace_all_uses_with(value)
-    return _module(head, attributes), _module(tail, attributes)
+    return _module(rewritten, head, attributes), _module(rewritten, tail, attributes)
 
 
 def _copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
@@ -101,18 +101,26 @@ def _copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return copy, copies
 
 
-def _module(graph: fx.Graph, attributes: Mapping[str, Tensor]) -> fx.GraphModule:
-    """A graph as a module that shares the tensors it reads; what nothing reads is not computed."""
+def _module(
+    rewritten: fx.GraphModule, graph: fx.Graph, attributes: Mapping[str, Tensor]
+) -> fx.GraphModule:
+    """A graph as a module that shares what it reads; what nothing reads is not computed."""
     graph.eliminate_dead_code()
-    read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     module = fx.GraphModule(torch.nn.Module(), fx.Graph())
-    for name in read & set(attributes):
-        _put(module, name, attributes[name])
+    for node in graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        _put(module, name, attributes[name] if name in attributes else _read(rewritten, name))
     module.graph = graph
     return module
 
 
-def _put(module: torch.nn.Module, name: str, value: Tensor) -> None:
+def _read(module: Any, name: str) -> Any:
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def _put(module: torch.nn.Module, name: str, value: Any) -> None:
     path, _, leaf = name.rpartition(".")
     for part in path.split(".") if path else ():
         if not hasattr(module, part):
@@ -120,5 +128,7 @@ def _put(module: torch.nn.Module, name: str, value: Tensor) -> None:
         module = getattr(module, part)
     if isinstance(value, torch.nn.Parameter):
         module.register_parameter(leaf, value)
-    else:
+    elif isinstance(value, Tensor):
         module.register_buffer(leaf, value)
+    else:
+        setattr(module, leaf, value)
