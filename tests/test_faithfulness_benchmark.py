@@ -13,10 +13,17 @@ from attnlrp_fx.evaluate import Batch, Perturbation, Subject
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+def benchmarks_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts import each other by name, and the tests have a module `models` too."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("models", "evidence", "faithfulness", "faithfulness_tasks"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
 @pytest.fixture
 def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The script, with one small task, and everything that it writes in a temporary place."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    benchmarks_first(monkeypatch)
     monkeypatch.setenv("ATTNLRP_FX_CACHE", str(tmp_path / "cache"))
     import faithfulness
     import faithfulness_tasks
@@ -34,9 +41,7 @@ def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     small = faithfulness_tasks.Task("small", prepare, 30, 10, 0.1)
     monkeypatch.setattr(faithfulness, "TASKS", {"small": small})
     monkeypatch.setattr(faithfulness, "RESULTS", tmp_path)
-    yield faithfulness
-    for name in ("faithfulness", "faithfulness_tasks"):
-        sys.modules.pop(name)
+    return faithfulness
 
 
 def test_a_slice(benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -60,7 +65,7 @@ def test_a_slice(benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_evidence_decides(monkeypatch: pytest.MonkeyPatch):
     """Every drawn answer follows from the evidence alone, and from nothing less."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    benchmarks_first(monkeypatch)
     import evidence
 
     recall = evidence.TASKS["recall"].draw(50, 0)

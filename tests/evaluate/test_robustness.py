@@ -20,9 +20,9 @@ from attnlrp_fx.evaluate.robustness import shuffled
 @pytest.fixture(scope="module")
 def linear() -> Question:
     torch.manual_seed(0)
-    model = nn.Linear(6, 3, bias=False).eval()
-    subject = Subject.compile(model, torch.randn(2, 6))
-    return subject.ask({"input": torch.randn(5, 6)}, Logit(2))
+    model = nn.Linear(6, 3, bias=False).double().eval()
+    subject = Subject.compile(model, torch.randn(2, 6).double())
+    return subject.ask({"input": torch.randn(5, 6).double()}, Logit(2))
 
 
 def test_a_linear_model_is_explained_perfectly(linear: Question):
