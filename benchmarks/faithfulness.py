@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from attnlrp_fx import COMPOSITES, Attention, Composite, Gamma, InputError, Match
 from attnlrp_fx.evaluate import METHODS, Measured, Method, Scores, measure, measured
+from attnlrp_fx.evaluate.measuring import ABSOLUTE, AREA
 from attnlrp_fx.evaluate.methods import KernelShap, Occlusion, Relevance
 from attnlrp_fx.files import write_atomically
 from attnlrp_fx.graph.operators import Kind
@@ -44,7 +45,6 @@ EXPENSIVE = ("ig", "smoothgrad", "kernel-shap", "occlusion", "atman")
 
 VISION = ("grad-cam", "attnlrp-vision")
 TEXT = ("attnlrp-contrast",)
-AREA = "ΔA^F"
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
@@ -107,6 +107,7 @@ def measure_method(prepared: Prepared, task: Task, name: str, method: Method) ->
             method,
             some.perturbation,
             probabilities=task.probabilities,
+            absolute=task.absolute,
         )
     except InputError as error:
         return {"left_out": error.what}
@@ -139,6 +140,7 @@ def tables(state: Mapping[str, Any]) -> str:
     parts = []
     for figure, title in (
         (AREA, "ΔA^F, in logits; bold: first, or not told apart from the first"),
+        (ABSOLUTE, "ΔA^F where parts are ranked by the magnitude of their relevance"),
         ("top-1", "top-1, the share of samples whose most relevant place is evidence"),
     ):
         having = {

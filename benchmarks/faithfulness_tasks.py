@@ -64,6 +64,7 @@ class Task:
     """What all methods took when the table was made, on one core."""
     is_vision: bool = False
     probabilities: bool = False
+    absolute: bool = False
 
 
 def _asked(subject: Subject, batches: Sequence[Batch]) -> list[tuple[Batch, Question]]:
@@ -214,12 +215,12 @@ TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
         Task("lm", language_model, 40, 8, 16.0),
-        Task("sentiment", sentiment, 200, 200, 3.0, probabilities=True),
-        Task("reactions", reactions, 40, 16, 6.0, probabilities=True),
-        Task("recall", _known("recall"), 200, 100, 1.0),
-        Task("experts", _known("experts"), 200, 100, 1.5),
-        Task("needle", _known("needle"), 200, 100, 1.0),
-        Task("pointer", _known("pointer"), 200, 100, 1.0),
+        Task("sentiment", sentiment, 200, 200, 3.0, probabilities=True, absolute=True),
+        Task("reactions", reactions, 40, 16, 6.0, probabilities=True, absolute=True),
+        Task("recall", _known("recall"), 200, 100, 1.0, absolute=True),
+        Task("experts", _known("experts"), 200, 100, 1.5, absolute=True),
+        Task("needle", _known("needle"), 200, 100, 1.0, absolute=True),
+        Task("pointer", _known("pointer"), 200, 100, 1.0, absolute=True),
         Task("digits-vit", _digits("digits_transformer"), 60, 40, 4.0, is_vision=True),
         Task("digits-resnet", _digits("digits_convolutional"), 60, 40, 4.0, is_vision=True),
     )

@@ -26,12 +26,14 @@ from attnlrp_fx.evaluate.evidence import (
 from attnlrp_fx.evaluate.faithfulness import Perturbation, perturbation_curves
 from attnlrp_fx.evaluate.intervals import Interval, interval, paired_difference
 from attnlrp_fx.evaluate.methods import Method, method_named
-from attnlrp_fx.evaluate.subjects import Inputs, Question, Subject
+from attnlrp_fx.evaluate.subjects import Inputs, Question, Subject, of_rows
 from attnlrp_fx.targets import TargetLike
 
 AREA = "ΔA^F"
+ABSOLUTE = "ΔA^F by |R|"
 FIGURES: Mapping[str, str] = {
     AREA: "area between the curves, least and most relevant parts first; higher is better",
+    ABSOLUTE: "the same where parts are ranked by the magnitude of their relevance",
     "AOPC": "mean fall of the target, most relevant parts first; higher is better",
     "compr.": "comprehensiveness: mean fall of the probability without them; higher is better",
     "suff.": "sufficiency: mean fall of the probability with them alone; lower is better",
@@ -81,6 +83,7 @@ def measure(
     perturbation: Perturbation | None = None,
     *,
     probabilities: bool = False,
+    absolute: bool = False,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Measured:
     """The figures of one method on batches that have been asked about.
@@ -91,6 +94,7 @@ def measure(
         method: makes explanations.
         perturbation: how inputs are taken away.
         probabilities: whether comprehensiveness and sufficiency are measured too.
+        absolute: whether parts are ranked by magnitude too.
         on_batch: called after each batch.
     """
     options = perturbation or Perturbation()
@@ -99,7 +103,8 @@ def measure(
     seconds, samples = 0.0, 0
     for number, (batch, question) in enumerate(questions):
         if number == 0:  # compiles what it needs
-            method(subject, question.inputs, question.target)
+            first = {name: value[:1] for name, value in question.inputs.items()}
+            method(subject, first, of_rows(question.target, question.rows[:1]))
         start = time.perf_counter()
         relevance = method(subject, question.inputs, question.target)
         seconds += time.perf_counter() - start
@@ -108,6 +113,10 @@ def measure(
         new = {AREA: drawn.area, "AOPC": drawn.aopc}
         curves["morf"].append(drawn.morf)
         curves["lerf"].append(drawn.lerf)
+        if absolute:
+            by_magnitude = replace(options, ranking="absolute")
+            drawn = perturbation_curves(question, relevance, perturbation=by_magnitude)
+            new[ABSOLUTE] = drawn.area
         if probabilities:
             likely = replace(options, score="probability")
             falls = perturbation_curves(question, relevance, perturbation=likely)
