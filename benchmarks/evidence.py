@@ -326,9 +326,6 @@ def train(task: Task, where: Path, console: Console) -> float:
             if step % CHECKED_EVERY == CHECKED_EVERY - 1:
                 reached = accuracy(model.eval(), held_out)
                 bar.update(shown, description=f"{task.name}: {reached:.1%} right")
-                print(
-                    task.name, step, level, right, reached, time.perf_counter() - start, flush=True
-                )
                 if reached >= ENOUGH:
                     break
     console.print(

@@ -214,14 +214,14 @@ def _known(name: str) -> Callable[[int, int], Prepared]:
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        Task("lm", language_model, 40, 8, 16.0),
-        Task("sentiment", sentiment, 200, 200, 3.0, probabilities=True, absolute=True),
-        Task("reactions", reactions, 40, 16, 6.0, probabilities=True, absolute=True),
-        Task("recall", _known("recall"), 200, 100, 1.0, absolute=True),
-        Task("experts", _known("experts"), 200, 100, 1.5, absolute=True),
-        Task("needle", _known("needle"), 200, 100, 1.0, absolute=True),
-        Task("pointer", _known("pointer"), 200, 100, 1.0, absolute=True),
-        Task("digits-vit", _digits("digits_transformer"), 60, 40, 4.0, is_vision=True),
-        Task("digits-resnet", _digits("digits_convolutional"), 60, 40, 4.0, is_vision=True),
+        Task("lm", language_model, 24, 4, 12.0),
+        Task("sentiment", sentiment, 100, 100, 2.0, probabilities=True, absolute=True),
+        Task("reactions", reactions, 24, 8, 4.0, probabilities=True, absolute=True),
+        Task("recall", _known("recall"), 100, 50, 0.7, absolute=True),
+        Task("experts", _known("experts"), 100, 50, 1.0, absolute=True),
+        Task("needle", _known("needle"), 100, 50, 0.7, absolute=True),
+        Task("pointer", _known("pointer"), 100, 50, 0.7, absolute=True),
+        Task("digits-vit", _digits("digits_transformer"), 40, 20, 3.0, is_vision=True),
+        Task("digits-resnet", _digits("digits_convolutional"), 40, 20, 3.0, is_vision=True),
     )
 }
