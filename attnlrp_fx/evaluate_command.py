@@ -17,7 +17,7 @@ from attnlrp_fx.texts import Cut, Texts, longest
 if TYPE_CHECKING:
     from attnlrp_fx.evaluate import Batch
 
-METHODS = "attnlrp,cp-lrp,ig,input-x-gradient,gradient-rollout,random"
+DEFAULT_METHODS = "attnlrp,cp-lrp,ig,input-x-gradient,gradient-rollout,random"
 
 
 def evaluate(
@@ -37,7 +37,7 @@ def evaluate(
             "or any composite.",
             rich_help_panel="Method",
         ),
-    ] = METHODS,
+    ] = DEFAULT_METHODS,
     column: Annotated[
         str, typer.Option(metavar="KEY", help="The text's key in lines of JSON.")
     ] = "text",

@@ -189,7 +189,7 @@ def _costs(names: list[str], scores: Mapping[str, Scores], state: Mapping[str, A
             f"{one.methods[name].seconds:.2g}" if name in one.methods else ""
             for one in scores.values()
         ]
-        memory = "" if kept is None else f"{kept / 2**20:.0f}"
+        memory = "" if kept is None else f"{kept / 2**20:.3g}"
         lines.append(f"| {name} | {memory} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

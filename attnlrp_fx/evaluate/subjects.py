@@ -81,7 +81,11 @@ class Subject:
         return self.explainer.model
 
     def ask(self, inputs: Inputs, target: TargetLike = None) -> Question:
-        """A batch, with the class or token that is explained fixed for each row."""
+        """A batch, with the class or token that is explained fixed for each row.
+
+        Targets that name neither (a function of the outputs, the highest start and end of a span)
+        stay as they are, and are evaluated anew on perturbed inputs.
+        """
         given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         wanted = as_target(target)
         values = self.tail.values(given)
