@@ -137,7 +137,7 @@ class SmoothGrad:
                 nt_type="smoothgrad",
                 nt_samples=self.samples,
                 nt_samples_batch_size=max(1, self.rows // len(question)),
-                stdevs=self.noise * float(values.max() - values.min()),
+                stdevs=self.noise * float(question.values.max() - question.values.min()),
                 abs=False,
                 additional_forward_args=(question.rows,),
             )
