@@ -8,8 +8,8 @@
 ΔA^F is the area between the curves of the target's logit when the least and the most relevant
 tokens (patches of an image) are set to zero first (Achtibat et al. 2024), in logits; higher is
 better. Of known evidence, *top-1* is how often the most relevant token of the context, or pixel, is
-evidence. Means with 95 % intervals by bootstrap over samples; *first* are the best method and those
-that a paired test does not tell apart from it.
+evidence. Means with 95 % intervals by bootstrap over samples. Bold: no other method is better on
+the samples that both have, by a paired test; methods with fewer than 8 samples are never bold.
 
 A run that was stopped goes on where it was: each method of each task is kept as soon as it is
 measured. Tables go to `results/faithfulness.md`, numbers to `.json`, curves to `.png`.
@@ -139,7 +139,10 @@ def tables(state: Mapping[str, Any]) -> str:
     names = [name for name in METHODS if any(name in one.methods for one in scores.values())]
     parts = []
     for figure, title in (
-        (AREA, "ΔA^F, in logits; bold: first, or not told apart from the first"),
+        (
+            AREA,
+            "ΔA^F, in logits; bold: no other method is better on the same samples (paired, 95 %)",
+        ),
         (ABSOLUTE, "ΔA^F where parts are ranked by the magnitude of their relevance"),
         ("top-1", "top-1, the share of samples whose most relevant place is evidence"),
     ):
@@ -164,7 +167,7 @@ def _table(title: str, names: list[str], scores: Mapping[str, Scores], figure: s
                 cells.append("")
                 continue
             found = one.methods[name].interval(figure)
-            is_first = not one.behind_best(name, figure).excludes_zero
+            is_first = one.is_first(name, figure)
             text = (
                 f"{found.mean:.0%}"
                 if figure == "top-1"

@@ -216,7 +216,7 @@ TASKS: Mapping[str, Task] = {
     for task in (
         Task("lm", language_model, 24, 4, 12.0),
         Task("sentiment", sentiment, 100, 100, 2.0, probabilities=True, absolute=True),
-        Task("reactions", reactions, 24, 8, 4.0, probabilities=True, absolute=True),
+        Task("reactions", reactions, 24, 8, 4.0),
         Task("recall", _known("recall"), 100, 50, 0.7, absolute=True),
         Task("experts", _known("experts"), 100, 50, 1.0, absolute=True),
         Task("needle", _known("needle"), 100, 50, 0.7, absolute=True),

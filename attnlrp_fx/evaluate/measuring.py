@@ -29,6 +29,9 @@ from attnlrp_fx.evaluate.methods import Method, method_named
 from attnlrp_fx.evaluate.subjects import Inputs, Question, Subject, of_rows
 from attnlrp_fx.targets import TargetLike
 
+ENOUGH = 8
+"""Samples that a method needs in order to be called first."""
+
 AREA = "ΔA^F"
 ABSOLUTE = "ΔA^F by |R|"
 FIGURES: Mapping[str, str] = {
@@ -154,9 +157,19 @@ class Scores:
         having = [name for name, one in self.methods.items() if figure in one.figures]
         return max(having, key=lambda name: self.methods[name].interval(figure).mean)
 
-    def behind_best(self, name: str, figure: str = AREA) -> Interval:
-        """Best − this method: above zero, it is truly behind."""
-        return self.gap(self.best(figure), name, figure)
+    def is_first(self, name: str, figure: str = AREA) -> bool:
+        """Whether no other method is better on the samples that both have (paired, 95 %).
+
+        Of methods with fewer than `ENOUGH` samples nothing is said: they are not first.
+        """
+        mine = self.methods[name].figures[figure]
+        if len(mine) < ENOUGH <= max(one.samples for one in self.methods.values()):
+            return False
+        return not any(
+            self.gap(other, name, figure).low > 0
+            for other, one in self.methods.items()
+            if other != name and len(one.figures.get(figure, ())) >= min(ENOUGH, len(mine))
+        )
 
     def gap(self, better: str, worse: str, figure: str = AREA) -> Interval:
         """The paired difference of two methods on the first samples, which both have."""
@@ -195,12 +208,12 @@ class Scores:
         )
         for name in ranked:
             one = self.methods[name]
-            tied = not self.behind_best(name, figures[0]).excludes_zero
+            tied = self.is_first(name, figures[0])
             cells = [str(one.interval(f)) if f in one.figures else "" for f in figures]
             cells += [f"{one.seconds:.2g}", str(one.samples)]
             table.add_row(name, *cells, style="bold" if tied else "")
         yield table
-        yield f"bold: first by {figures[0]}, or not told apart from the first (paired, 95 %)"
+        yield f"bold: no other has a higher {figures[0]} on the same samples (paired, 95 %)"
         for name, why in self.left_out.items():
             yield f"{name}: {why}"
 
