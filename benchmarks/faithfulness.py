@@ -161,6 +161,8 @@ def tables(state: Mapping[str, Any]) -> str:
 def _table(title: str, names: list[str], scores: Mapping[str, Scores], figure: str) -> str:
     lines = [f"{title}", "", "| | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
     for name in names:
+        if not any(figure in s.methods[name].figures for s in scores.values() if name in s.methods):
+            continue
         cells = []
         for one in scores.values():
             if name not in one.methods or figure not in one.methods[name].figures:
