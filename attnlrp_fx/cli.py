@@ -20,6 +20,7 @@ from attnlrp_fx.commands import check_writable, no_collection, one_line_errors, 
 from attnlrp_fx.compile_command import compile_command
 from attnlrp_fx.doctor_command import doctor
 from attnlrp_fx.errors import InputError
+from attnlrp_fx.evaluate_command import evaluate
 from attnlrp_fx.explain_command import (
     Question,
     TextFile,
@@ -396,6 +397,7 @@ def composites(
 
 app.command("compile")(compile_command)
 app.command()(inspect)
+app.command()(evaluate)
 app.command()(neurons)
 app.command()(neuron)
 app.command()(doctor)

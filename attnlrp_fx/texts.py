@@ -55,12 +55,41 @@ class Texts:
             raise InputError(f"'{self.path}' holds no texts", remedy="name another file")
         return (found * count)[:count]
 
+    def spans(self, column: str) -> list[tuple[int, int] | None]:
+        """Of each text a span of characters, [start, end]; None where it has none.
+
+        Raises:
+            InputError: a span is none of its text.
+        """
+        found: list[tuple[int, int] | None] = []
+        with open(self.path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = self._row(number, line) if self.is_json else None
+                    span = row.get(column) if isinstance(row, dict) else None
+                    found.append(None if span is None else self._span(number, line, span))
+        return found
+
+    def _span(self, number: int, line: str, span: Any) -> tuple[int, int]:
+        length = len(self._text(number, line))
+        is_pair = isinstance(span, list) and [type(end) for end in span] == [int, int]
+        if not is_pair or not 0 <= span[0] < span[1] <= length:
+            raise InputError(
+                f"line {number} of '{self.path}' has no span of its text: {span}",
+                remedy=f"give [start, end] in characters, 0 <= start < end <= {length}",
+            )
+        return span[0], span[1]
+
+    def _row(self, number: int, line: str) -> Any:
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError as error:
+            where = f"line {number} of '{self.path}'"
+            raise InputError(f"{where} is no JSON", why=str(error)) from error
+
     def _text(self, number: int, line: str) -> str:
         where = f"line {number} of '{self.path}'"
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where} is no JSON", why=str(error)) from error
+        found = self._row(number, line)
         text = found.get(self.column) if isinstance(found, dict) else found
         if not isinstance(text, str):
             has = f"it has: {', '.join(found)}" if isinstance(found, dict) else f"it is {found!r}"

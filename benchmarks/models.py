@@ -182,6 +182,12 @@ def rated_words() -> list[tuple[str, float]]:
     return [(row[0], float(row[1])) for row in rows if row[0].isalpha()]
 
 
+def editorials() -> list[str]:
+    """Sentences of newspaper editorials, in their order; of the same collection."""
+    lines = _vader_file("nytEditorialSnippets_GroundTruth.txt").splitlines()
+    return [line.split("\t")[2].strip() for line in lines]
+
+
 def unrated_sentences() -> list[str]:
     """Tweets, product reviews and newspaper sentences of the same collection, without ratings."""
     files = ("tweets", "amazonReviewSnippets", "nytEditorialSnippets")

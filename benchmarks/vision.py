@@ -40,6 +40,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import attnlrp_fx
 from attnlrp_fx import COMPOSITES, Composite, Join, Match, ZBox, epsilon_gamma_box
+from attnlrp_fx.evaluate import Subject
 
 RESULTS = Path(__file__).parent / "results"
 EMBEDDED = Path(attnlrp_fx.__file__).parent / "embedded"
@@ -93,7 +94,8 @@ def figures(explainer: Any, data: Data, batch: int, patch: int) -> dict[str, Ten
     for start in range(0, len(data.labels), batch):
         rows = slice(start, start + batch)
         inputs = {"pixel_values": data.pixel_values[rows]}
-        explanation = explainer(inputs, target=attnlrp_fx.Logit(data.labels[rows]))
+        target = attnlrp_fx.Logit(data.labels[rows])
+        explanation = explainer(inputs, target=target)
         relevance = explanation.relevance["pixel_values"].sum(1)
         positive = relevance.clamp(min=0)
         total = positive.sum((1, 2))
@@ -102,9 +104,8 @@ def figures(explainer: Any, data: Data, batch: int, patch: int) -> dict[str, Ten
         most = relevance.flatten(1).argmax(1, keepdim=True)
         found["hit"].append(data.boxes[rows].flatten(1).gather(1, most)[:, 0].float())
         curves = attnlrp_fx.perturbation_curves(
-            explainer,
-            inputs,
-            explanation,
+            Subject(explainer).ask(inputs, target),
+            relevance,
             perturbation=attnlrp_fx.Perturbation(steps=16, patch=patch, rows=256),
         )
         found["deletion"].append(curves.morf.mean(1))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from attnlrp_fx.compiler import compile
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.evaluate.faithfulness import Perturbation, perturbation_curves
+from attnlrp_fx.evaluate.subjects import Subject
 from attnlrp_fx.rules.composites import Composite, Match, composite_named
 from attnlrp_fx.rules.roles import Role
 from attnlrp_fx.rules.rules import Gamma
@@ -101,7 +102,7 @@ def tune(
         composite: what decides about everything that no role claims.
         target: as in `compile`.
         input: the input to perturb, where several are explained.
-        perturbation: how inputs are set to zero.
+        perturbation: how inputs are taken away.
         progress: whether a progress bar is shown.
         **options: anything else that `compile` takes.
 
@@ -123,28 +124,28 @@ def tune(
     if not gammas or not all(gammas.values()):
         raise InputError("there is no γ to try", remedy="pass gammas={role: (values, ...)}")
     base = composite_named(composite)
-    explainer = compile(
-        model, batches[0], **{"backend": "eager", "composite": base, "target": target, **options}
+    subject = Subject(
+        compile(
+            model,
+            batches[0],
+            **{"backend": "eager", "composite": base, "target": target, **options},
+        ),
+        input,
     )
     combinations = [
         dict(zip(gammas, values, strict=True)) for values in itertools.product(*gammas.values())
     ]
     trials = []
+    questions = [subject.ask(batch, target) for batch in batches]
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("tuning γ", total=len(combinations) * len(batches))
         for chosen in combinations:
             composite = with_gammas(base, chosen)
-            tried = explainer.with_composite(composite)
+            tried = subject.explainer.with_composite(composite)
             areas = []
-            for batch in batches:
-                curves = perturbation_curves(
-                    tried,
-                    batch,
-                    tried(batch, target=target),
-                    input=input,
-                    target=target,
-                    perturbation=perturbation,
-                )
+            for question in questions:
+                relevance = tried(question.inputs, target=question.target).relevance[subject.name]
+                curves = perturbation_curves(question, relevance, perturbation=perturbation)
                 areas.append(curves.area)
                 bar.advance(task)
             area = torch.cat(areas).double()

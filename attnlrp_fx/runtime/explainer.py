@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from attnlrp_fx import ops
-from attnlrp_fx.calculus.masking import Masked
+from attnlrp_fx.calculus.tails import features_of, source_of, split_at
 from attnlrp_fx.capture.capture import Captured, flat_inputs
 from attnlrp_fx.capture.retype import main_dtype, retyped
 from attnlrp_fx.codegen.attributes import Attributes
+from attnlrp_fx.codegen.backends import Backend
 from attnlrp_fx.codegen.cost import Cost, schedule_cost
 from attnlrp_fx.codegen.programs import Compiled, ProgramOptions, Programs, Served
 from attnlrp_fx.codegen.report import Report
@@ -22,6 +23,7 @@ from attnlrp_fx.codegen.rewriting import Rewriting, rewrite
 from attnlrp_fx.codegen.schedule import Read, Values
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.graph.operators import outputs_of
+from attnlrp_fx.graph.sites import SAE
 from attnlrp_fx.heatmap import Normalisation
 from attnlrp_fx.inspection.audit import Audit, audit
 from attnlrp_fx.inspection.graphs import Graphs
@@ -29,7 +31,7 @@ from attnlrp_fx.inspection.inspectable import Inspectable
 from attnlrp_fx.inspection.ledger import Book, Ledger
 from attnlrp_fx.inspection.seeded import of_heads, of_outputs
 from attnlrp_fx.neurons import Neuron
-from attnlrp_fx.passes import PassContext
+from attnlrp_fx.passes import Pass, PassContext
 from attnlrp_fx.passes.slice_targets import POSITIONS
 from attnlrp_fx.rules.composites import Composite, composite_named
 from attnlrp_fx.runtime.ahead import save_ahead
@@ -45,6 +47,7 @@ from attnlrp_fx.runtime.mapping import Mapped, map_dataset
 from attnlrp_fx.runtime.modes import computing, not_traced, short_of_memory
 from attnlrp_fx.runtime.saving import save_explainer
 from attnlrp_fx.runtime.seeding import Seeds, entering, kinds_of, seeds_of
+from attnlrp_fx.runtime.tail import Tail, compiled_tail
 from attnlrp_fx.runtime.weight_relevance import Sums, Weighed, WeightRelevance, weight_relevance
 from attnlrp_fx.targets import (
     Chosen,
@@ -240,6 +243,18 @@ class ExplainableGraphModule(Inspectable, nn.Module):
             device=device if device != self._programs.captured_device else None,
             reference=reference,
         )
+
+    @property
+    def composite(self) -> Composite:
+        """The rules that it was compiled with."""
+        return self._rewriting.context.composite
+
+    @property
+    def explained(self) -> list[str]:
+        """The names of the inputs that have relevance."""
+        graph = self.rewritten.graph
+        names = (str(n.kwargs["name"]) for n in graph.nodes if n.target is ops.source)
+        return list(dict.fromkeys(names))
 
     @property
     def compilations(self) -> int:
@@ -512,59 +527,58 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         made._programs.captured_device = self._programs.captured_device
         return made
 
-    def target_values(
-        self,
-        *args: Any,
-        keep: Mapping[str, Tensor] | None = None,
-        target: TargetLike = None,
-        **inputs: Any,
-    ) -> Tensor:
-        """The target's value of each row where parts of the explained inputs are zero.
-
-        Runs the graph op by op, forward only.
+    def tail(self, name: str, backend: str | Backend = "eager") -> Tail:
+        """The model from one of its explained values on, to be perturbed and differentiated.
 
         Args:
-            *args: as in a call.
-            keep: by explained input, bool, in the shape of its relevance or one that broadcasts to
-                it: false for elements that are zero (of tokens, their embeddings).
-            target: as in a call.
-            **inputs: as in a call.
-
-        Returns:
-            (batch,), float32 or better.
+            name: an explained input, by name.
+            backend: what runs it: "eager", "inductor", or as for `torch.compile`.
 
         Raises:
-            InputError: the inputs do not fit, or what is to be zero is not explained.
-            TargetError: the outputs do not have the target.
+            InputError: it is not explained, or looked up more than once, or its tokens are moved
+                before they are.
         """
         if self._sliced:
-            return self._whole().target_values(*args, keep=keep, target=target, **inputs)
-        device = self._attributes.device()
-        given = self._given(args, inputs)
-        sources = {n.kwargs["name"] for n in self.rewritten.graph.nodes if n.target is ops.source}
-        for name in keep or {}:
-            if name not in sources:
-                raise InputError(
-                    f"'{name}' is not explained, so nothing of it can be zero",
-                    remedy=f"choose from: {', '.join(sorted(map(str, sources)))}",
-                )
-        moved = device if device != self._programs.captured_device else None
-        with computing():
-            attributes = self._attributes.values(device)
-            run = Masked(self.rewritten, keep or {}, attributes, moved).run
-            flat = run(*given.values(), *self._edits(given).values())
-            wanted = self._target if target is None else as_target(target)
-            return wanted.choose(self._outputs(flat, given)).value
+            return self._whole().tail(name, backend)
+        source = source_of(self.rewritten, name)
+        attributes = self._attributes.values(self._attributes.device())
+        head, rest = split_at(self.rewritten, source, attributes)
+
+        def check(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            given = self._given((inputs,), {})
+            return given | self._edits(given)
+
+        return Tail(
+            name=name,
+            features=features_of(source),
+            head=head,
+            rest=rest,
+            compiled=compiled_tail(rest, backend),
+            check=check,
+            outputs=self._outputs,
+        )
 
     def prepare(self) -> "ExplainableGraphModule":
         """Compile the program of the default target now rather than at the first call."""
         self._programs.example(self._default_seeds(), self._attributes.device())
         return self
 
-    def with_composite(self, composite: str | Composite) -> "ExplainableGraphModule":
+    def with_composite(
+        self,
+        composite: str | Composite,
+        *,
+        latent: Sequence[str | SAE] | None = None,
+        passes: tuple[Pass, ...] | None = None,
+    ) -> "ExplainableGraphModule":
         """The same model compiled with other rules, without capturing it again.
 
+        Args:
+            composite: as in `compile`.
+            latent: as in `compile`; None: as before.
+            passes: as in `compile`; None: as before.
+
         Raises:
+            InputError: there is no latent value of a name.
             RuleError: there is no composite of that name, no rule of it claims an op, or a rule
                 stands at an op that it does not fit.
 
@@ -576,12 +590,16 @@ class ExplainableGraphModule(Inspectable, nn.Module):
             'attnlrp-vision'
         """
         context = replace(self._rewriting.context, composite=composite_named(composite))
-        return self._sibling(context).prepare()
+        if latent is not None:
+            context = replace(context, latent=tuple(latent))
+        return self._sibling(context, passes).prepare()
 
-    def _sibling(self, context: PassContext) -> "ExplainableGraphModule":
+    def _sibling(
+        self, context: PassContext, passes: tuple[Pass, ...] | None = None
+    ) -> "ExplainableGraphModule":
         """The same model rewritten otherwise."""
         with TRACING:
-            rewriting = rewrite(self._convention, context, self._rewriting.passes)
+            rewriting = rewrite(self._convention, context, passes or self._rewriting.passes)
         seconds = self._report.capture_seconds
         made = ExplainableGraphModule(
             self.model, self._convention, rewriting, self._options, seconds

@@ -9,6 +9,7 @@ from torch import nn
 
 import attnlrp_fx
 from attnlrp_fx import COMPOSITES, Epsilon, Gamma, InputError, Match, Perturbation
+from attnlrp_fx.evaluate import Subject
 from attnlrp_fx.evaluate.tuning import with_gammas
 from attnlrp_fx.graph.operators import Kind
 
@@ -60,9 +61,9 @@ def test_scores_are_those_of_the_curves():
     )
     for trial in found.trials:
         explainer = attnlrp_fx.compile(net, data, composite=trial.composite, backend="eager")
-        curves = attnlrp_fx.perturbation_curves(
-            explainer, data, explainer(data), perturbation=options
-        )
+        question = Subject(explainer).ask(data)
+        relevance = explainer(data).relevance["input"]
+        curves = attnlrp_fx.perturbation_curves(question, relevance, perturbation=options)
         assert math.isclose(trial.score, float(curves.area.mean()), rel_tol=1e-5)
         assert math.isclose(trial.error, float(curves.area.std()) / 2, rel_tol=1e-4)
     console = Console(width=80, color_system=None)

@@ -105,8 +105,9 @@ def test_other_options(options: dict[str, Any]) -> None:
     torch.testing.assert_close(found.relevance["input_ids"], expected.relevance["input_ids"])
     if "audit" in options:
         assert abs(found.ledger.residual) < 1e-6  # the rotary tables are float32
-    values = sliced.target_values(**inputs)
-    torch.testing.assert_close(values, expected.target_value)
+    tail = sliced.tail("input_ids")
+    chosen = tail.choose(tail.values(inputs), inputs, Logit())
+    torch.testing.assert_close(chosen.value.detach(), expected.target_value)
     other = sliced.with_composite("gradient")(**inputs)
     assert other.outputs.logits.shape[1] == 1
 
