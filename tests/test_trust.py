@@ -19,7 +19,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import Explain
+from conftest import Explain, _captured, _model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import BY_NAME, VOCABULARY, Case, Inputs, tensors_of
@@ -27,20 +27,22 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import attnlrp_fx
-from attnlrp_fx import AttnLRPError, ExplainableGraphModule, Explanation
+from attnlrp_fx import AttnLRPError, ExplainableGraphModule, Explanation, compiler
 from attnlrp_fx.errors import InputError, NonFiniteError, OutOfMemoryError
 from attnlrp_fx.files import write_atomically
 
 FUZZED = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 """The fixtures are compiled explainers, the same for all examples."""
 
 
-def eager(name: str, **options: Any) -> ExplainableGraphModule:
+def eager(name: str) -> ExplainableGraphModule:
+    """A new explainer of a model that is captured once for all tests."""
     case = BY_NAME[name]
-    example = case.example(3, 5)
-    return attnlrp_fx.compile(case.model(), example, target=case.target, backend="eager", **options)
+    captured = _captured(case, torch.float32)
+    with mock.patch.object(compiler, "capture", return_value=captured):
+        return attnlrp_fx.compile(_model(case, torch.float32), target=case.target, backend="eager")
 
 
 def one_row(name: str, length: int, seed: int) -> Inputs:
@@ -162,7 +164,7 @@ def test_threads_compile_at_once() -> None:
 
 def test_two_explainers_of_one_model_are_deterministic() -> None:
     """Bit for bit, in turns, whatever the other one is; and the model is as it was."""
-    case = BY_NAME["llama"]
+    case = BY_NAME["bert"]
     model, inputs = case.model(), case.example(2, 6)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     example = case.example(3, 5)
@@ -240,7 +242,7 @@ def test_other_errors_stay_what_they_are(explain: Explain) -> None:
 
 
 def test_an_interrupted_compilation_leaves_the_model_as_it_was() -> None:
-    case = BY_NAME["llama"]
+    case = BY_NAME["gpt2"]
     model, example = case.model(), case.example(3, 5)
     states = [p.requires_grad for p in model.parameters()]
     with (
@@ -251,7 +253,7 @@ def test_an_interrupted_compilation_leaves_the_model_as_it_was() -> None:
     assert model.config.use_cache
     assert [p.requires_grad for p in model.parameters()] == states
     found = attnlrp_fx.compile(model, example, backend="eager")
-    assert torch.equal(relevance_of(found, example), relevance_of(eager("llama"), example))
+    assert torch.equal(relevance_of(found, example), relevance_of(eager("gpt2"), example))
 
 
 def test_an_interrupted_call_does_not_show_in_the_next() -> None:
@@ -267,7 +269,7 @@ def test_an_interrupted_call_does_not_show_in_the_next() -> None:
         return run
 
     calls: list[int] = []
-    case = BY_NAME["llama"]
+    case = BY_NAME["bert"]
     explainer = attnlrp_fx.compile(case.model(), case.example(3, 5), backend=backend)
     inputs = case.example(2, 6)
     expected = relevance_of(explainer, inputs)

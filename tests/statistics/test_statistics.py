@@ -24,6 +24,13 @@ from attnlrp_fx.statistics.collect import finish
 from attnlrp_fx.statistics.shards import PartialStatistics, merge_statistics
 from attnlrp_fx.statistics.tables import KINDS, Statistics
 
+
+@pytest.fixture(autouse=True)
+def same_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` leaves another object in the place of `os.environ`, which rich does not see."""
+    monkeypatch.setattr(os, "environ", os.environ)
+
+
 WORDS = "the a film plot is was very not good bad dull funny long short and but so far too".split()
 TOP, CONTEXT = 3, 4
 processes = multiprocessing.get_context("fork")
