@@ -1,8 +1,9 @@
 """`compile`, `explain` and the like: from a model to an explainable graph module."""
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,22 @@ from attnlrp_fx.runtime.labels import Labels
 from attnlrp_fx.targets import Target, TargetLike, as_target, outputs_as_seen
 from attnlrp_fx.torch_private import TRACING
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+def _one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that only one thread runs at a time."""
+
+    @wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        with TRACING:
+            return function(*args, **kwargs)
+
+    return alone
+
+
+@_one_at_a_time
 def compile(
     model: nn.Module | ExportedProgram,
     inputs: Inputs | None = None,
@@ -132,8 +148,7 @@ def compile(
     normalisation = None if processor is None else Normalisation.of(processor)
     stage("capturing the model")
     start = time.perf_counter()
-    with TRACING:
-        captured = capture(model, inputs, dynamic_shapes)
+    captured = capture(model, inputs, dynamic_shapes)
     seconds = time.perf_counter() - start
     stage("rewriting the graph")
     wanted = as_target(target)
@@ -146,8 +161,7 @@ def compile(
         editable=editable,
         sliced=_sliced(captured, wanted) if target_slice else (),
     )
-    with TRACING:
-        rewriting = rewrite(captured, context, passes)
+    rewriting = rewrite(captured, context, passes)
     module = captured.graph_module if isinstance(model, ExportedProgram) else model
     options = ExplainerOptions(
         programs=ProgramOptions(

@@ -22,12 +22,12 @@ import torch
 from conftest import Explain, _captured, _model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import BY_NAME, VOCABULARY, Case, Inputs, tensors_of
+from models import BY_NAME, VOCABULARY, Inputs, tensors_of
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import attnlrp_fx
-from attnlrp_fx import AttnLRPError, ExplainableGraphModule, Explanation, compiler
+from attnlrp_fx import AttnLRPError, ExplainableGraphModule, compiler
 from attnlrp_fx.errors import InputError, NonFiniteError, OutOfMemoryError
 from attnlrp_fx.files import write_atomically
 
@@ -143,23 +143,6 @@ def test_threads_share_an_explainer() -> None:
         for found in pool.map(call, range(8)):
             assert all(map(torch.equal, found, expected))
     assert explainer.compilations == alone.compilations
-
-
-def test_threads_compile_at_once() -> None:
-    cases = [BY_NAME[name] for name in ("bert", "mlp", "autoencoder")]
-    models = [(case, case.model()) for case in cases]  # PyTorch's random numbers are everyone's
-
-    def explained(case: Case, model: nn.Module) -> Explanation:
-        explainer = attnlrp_fx.compile(
-            model, case.example(3, 5), target=case.target, backend="eager"
-        )
-        return explainer(case.example(2, 4))
-
-    expected = [explained(*both) for both in models]
-    with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(explained, *zip(*models, strict=True)))
-    for one, other in zip(found, expected, strict=True):
-        assert all(torch.equal(r, other.relevance[n]) for n, r in one.relevance.items())
 
 
 def test_two_explainers_of_one_model_are_deterministic() -> None:
