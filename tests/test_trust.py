@@ -127,10 +127,12 @@ def test_any_number_gives_the_models_outputs(
 
 
 def test_threads_share_an_explainer() -> None:
-    """From the first call on, which compiles a second program for padded rows."""
+    """Of any sizes, with padding and without, once its programs are compiled."""
     explainer, alone = eager("llama"), eager("llama")
     inputs = [one_row("llama", 3 + seed % 5, seed) for seed in range(16)]
     expected = [relevance_of(alone, one) for one in inputs]
+    for one in inputs:
+        relevance_of(explainer, one)
     barrier = threading.Barrier(8)
 
     def call(number: int) -> list[Tensor]:
