@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 import torch.fx.experimental._config as symbolic_shapes_config
 from torch import fx

@@ -63,8 +63,7 @@ def seal(file: BinaryIO) -> None:
         members = {}
         for info in archive.infolist():
             with archive.open(info) as member:
-                digest = hashlib.file_digest(member, "sha256").hexdigest()  # type: ignore[arg-type]
-            members[_inside(info.filename)] = [info.file_size, digest]
+                members[_inside(info.filename)] = [info.file_size, _digest(member)]
         root = archive.namelist()[0].partition("/")[0]
         text = json.dumps({"schema": f"{SCHEMA}{VERSION}", "members": members}, indent=1)
         archive.writestr(f"{root}/{SEAL}", text)
@@ -121,10 +120,11 @@ class Archive:
         """A member's bytes, uint8."""
         info = self._info(name)
         found = torch.empty(info.file_size, dtype=torch.uint8)
-        view, digest, at = memoryview(found.numpy()), hashlib.sha256(), 0  # type: ignore[arg-type]
-        with self._zip.open(info) as member:
+        view, digest, at = found.numpy().data, hashlib.sha256(), 0
+        with self._zip.open(info) as opened:
+            member: Any = opened  # as in _digest
             while at < len(view):
-                count = member.readinto(view[at : at + _CHUNK])  # type: ignore[attr-defined]
+                count = member.readinto(view[at : at + _CHUNK])
                 if not count:
                     raise self.wrong(f"member '{name}' is cut off")
                 digest.update(view[at : at + count])
@@ -136,7 +136,7 @@ class Archive:
     def check(self, name: str) -> None:
         """Find out whether a member is what was written, without keeping it."""
         with self._zip.open(self._info(name)) as member:
-            digest = hashlib.file_digest(member, "sha256").hexdigest()  # type: ignore[arg-type]
+            digest = _digest(member)
         if digest != self._sealed[name][1]:
             raise self.wrong(f"member '{name}' is not what was written")
 
@@ -214,6 +214,11 @@ def _damaged(path: str | Path, why: str) -> ArtefactError:
         why=why,
         remedy="save the explainer again, or copy the file again",
     )
+
+
+def _digest(member: Any) -> str:
+    """A member's SHA-256. It reads into buffers, which its declared type, IO, leaves out."""
+    return hashlib.file_digest(member, "sha256").hexdigest()
 
 
 def _inside(name: str) -> str:

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from attnlrp_fx.artefacts.graphs import check_operator
 from attnlrp_fx.errors import ArtefactError
+from attnlrp_fx.graph.operators import outputs_of
 from attnlrp_fx.graph.provenance import describe
 from attnlrp_fx.torch_private import fake_mode_of, storage_of
 
@@ -58,7 +59,7 @@ def exported_program(
         **dict.fromkeys((n for n, _ in model.named_buffers(remove_duplicate=False)), "b"),
     }
     graph, specs = _lifted(graph_module, tensors, own)
-    outputs = [_output_spec(value) for value in graph.output_node().args[0]]  # type: ignore[union-attr]
+    outputs = [_output_spec(value) for value in outputs_of(graph)]
     names = [str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")]
     state, constants = {}, dict(beside)
     known: dict[Any, Tensor] = {}
@@ -106,8 +107,8 @@ def traced_program(
         elif node.op == "placeholder":
             specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(copy.name), None))
         elif node.op == "output":
-            copy.args = (tuple(copy.args[0]),)  # type: ignore[arg-type]
-    outputs = [_output_spec(value) for value in graph.output_node().args[0]]  # type: ignore[union-attr]
+            copy.args = (tuple(outputs_of(graph)),)
+    outputs = [_output_spec(value) for value in outputs_of(graph)]
     environment = fake_mode_of(program).shape_env
     return ExportedProgram(
         nn.Module(),
@@ -169,7 +170,7 @@ def _lifted(
         if node.op == "placeholder":
             specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(copy.name), None))
         if node.op == "output":
-            copy.args = (tuple(copy.args[0]),)  # type: ignore[arg-type]
+            copy.args = (tuple(outputs_of(graph)),)
     return graph, specs
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 
 from attnlrp_fx.torch_private import SIZE_FUNCTIONS
 

@@ -8,13 +8,15 @@ and arithmetic of sizes). Types are checked, names are looked up in tables, and 
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from attnlrp_fx.artefacts.expressions import expression_of
 from attnlrp_fx.torch_private import SymbolicSizes
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 8
 
@@ -217,7 +219,7 @@ class _Reader:
         found: Any = self.root
         for part in target.split("."):
             found = getattr(found, part)
-        return _is(found, Tensor)  # type: ignore[no-any-return]
+        return _is(found, Tensor)
 
     def _know(self, name: str, node: fx.Node, value: Any) -> None:
         if name in self.nodes or not name.isidentifier():
@@ -256,7 +258,7 @@ class _Reader:
         ((kind, value),) = written.items()
         if kind == "as_none":
             return ""
-        return _is(value["name" if kind == "as_tensor" else "as_name"], str)  # type: ignore[no-any-return]
+        return _is(value["name" if kind == "as_tensor" else "as_name"], str)
 
     def _output_value(self, written: Mapping[str, Any]) -> Any:
         ((kind, _),) = written.items()
@@ -289,7 +291,7 @@ class _Reader:
 
     def _size(self, written: Mapping[str, Any]) -> int | torch.SymInt:
         if "as_int" in written:
-            return _is(written["as_int"], int)  # type: ignore[no-any-return]
+            return _is(written["as_int"], int)
         return self.sizes.size(expression_of(written["as_expr"]["expr_str"]))
 
     def _value(self, written: Mapping[str, Any]) -> Any:
@@ -337,13 +339,15 @@ _TABLES: Mapping[str, Mapping[Any, Any]] = {
 }
 
 
-def _is(value: Any, kind: type) -> Any:
+def _is(value: Any, kind: type[T]) -> T:
     """A value of a type, and of no other: a bool is no int."""
+    found: Any = value
     if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind and not (kind is Tensor and isinstance(value, Tensor)):
+        found = float(value)
+    elif type(value) is not kind and not (kind is Tensor and isinstance(value, Tensor)):
         raise TypeError(f"{value!r:.60} is no {kind.__name__}")
-    return value
+    checked: T = found
+    return checked
 
 
 def _metadata(written: Mapping[str, Any]) -> dict[str, Any]:
