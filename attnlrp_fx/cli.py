@@ -30,8 +30,9 @@ from attnlrp_fx.explain_command import (
 )
 from attnlrp_fx.files import write_atomically
 from attnlrp_fx.inspect_command import inspect
-from attnlrp_fx.loading import DTYPES, EMBEDDED, IMAGES, TASKS, load, quiet, task_of
+from attnlrp_fx.loading import EMBEDDED, IMAGES, load, quiet, task_of
 from attnlrp_fx.neurons_command import neuron, neurons
+from attnlrp_fx.options import Debug, Device, Dtype, Html, Json, Quiet, Rules, Task
 from attnlrp_fx.questions import check_images, check_texts, inputs_of, target_of
 
 if TYPE_CHECKING:
@@ -88,29 +89,9 @@ def explain(
             rich_help_panel="Model",
         ),
     ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TASK",
-            help=f"What the model does: {', '.join(TASKS)}. "
-            "[dim]\\[default: what its config says][/dim]",
-            rich_help_panel="Model",
-        ),
-    ] = None,
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help="Where it runs: cpu, cuda, cuda:1, mps.", rich_help_panel="Model"
-        ),
-    ] = "cpu",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help=f"In what it computes: {', '.join(DTYPES)}.",
-            rich_help_panel="Model",
-        ),
-    ] = "float32",
+    task: Task = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     target: Annotated[
         str | None,
         typer.Option(
@@ -154,15 +135,7 @@ def explain(
             rich_help_panel="Question",
         ),
     ] = None,
-    composite: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="attnlrp, cp-lrp, gradient, ...; [bold]attnlrp-fx composites[/bold] lists them. "
-            "[dim]\\[default: attnlrp, of images attnlrp-vision][/dim]",
-            rich_help_panel="Method",
-        ),
-    ] = None,
+    composite: Rules = None,
     backend: Annotated[
         str | None,
         typer.Option(
@@ -188,14 +161,8 @@ def explain(
             rich_help_panel="Method",
         ),
     ] = False,
-    html: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write a web page.", rich_help_panel="Output"),
-    ] = None,
-    json: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the numbers as JSON.", rich_help_panel="Output"),
-    ] = None,
+    html: Html = None,
+    json: Json = None,
     figure: Annotated[
         Path | None,
         typer.Option(
@@ -260,13 +227,8 @@ def explain(
             rich_help_panel="Output",
         ),
     ] = False,
-    quietly: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel="Output")
-    ] = False,
-    debug: Annotated[
-        bool,
-        typer.Option("--debug", help="Print an error's traceback.", rich_help_panel="Output"),
-    ] = False,
+    quietly: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Explain what a model says about a text or an image.
 
@@ -377,7 +339,7 @@ def explain(
 
 @app.command()
 def composites(
-    debug: Annotated[bool, typer.Option("--debug", help="Print an error's traceback.")] = False,
+    debug: Debug = False,
 ) -> None:
     """List the composites: which rule stands at which op. The first entry that fits decides."""
     with one_line_errors(debug):

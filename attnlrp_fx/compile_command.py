@@ -8,7 +8,8 @@ from rich.console import Console
 
 from attnlrp_fx.commands import check_writable, no_collection, one_line_errors, stages
 from attnlrp_fx.errors import InputError
-from attnlrp_fx.loading import DTYPES, IMAGES, TASKS, load, quiet, task_of
+from attnlrp_fx.loading import IMAGES, load, quiet, task_of
+from attnlrp_fx.options import Debug, Dtype, Model, Quiet, Rules, Task
 from attnlrp_fx.questions import inputs_of, target_of
 
 EXAMPLES = ["The plot is thin, but the performances are wonderful.", "Dull."]
@@ -16,9 +17,7 @@ EXAMPLES = ["The plot is thin, but the performances are wonderful.", "Dull."]
 
 
 def compile_command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A directory, or a name, as in explain --model.")
-    ],
+    model: Model,
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE", help="The file, as model.lrp.pt2.")
     ],
@@ -33,13 +32,8 @@ def compile_command(
     context: Annotated[
         str | None, typer.Option(metavar="TEXT", help="The text that a question is about.")
     ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(metavar="TASK", help=f"What the model does: {', '.join(TASKS)}."),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(metavar="NAME", help=f"In what it computes: {', '.join(DTYPES)}.")
-    ] = "float32",
+    task: Task = None,
+    dtype: Dtype = "float32",
     target: Annotated[
         str | None,
         typer.Option(
@@ -48,14 +42,7 @@ def compile_command(
             "[dim]\\[default: the highest][/dim]",
         ),
     ] = None,
-    composite: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Which rules: attnlrp, cp-lrp, ... "
-            "[dim]\\[default: attnlrp, of images attnlrp-vision][/dim]",
-        ),
-    ] = None,
+    composite: Rules = None,
     weights: Annotated[
         bool, typer.Option(help="Whether the weights are in the file; if not, it needs the model.")
     ] = True,
@@ -65,8 +52,8 @@ def compile_command(
             "--aot", help="Compile ahead of time instead, for attnlrp_fx.load_aot and for C++."
         ),
     ] = False,
-    quietly: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Print an error's traceback.")] = False,
+    quietly: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Compile a model into a file that explains itself, without the model's code.
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from attnlrp_fx.commands import no_collection, one_line_errors, stages
 from attnlrp_fx.errors import AttnLRPError
 from attnlrp_fx.loading import load, quiet
+from attnlrp_fx.options import Debug, Quiet
 
 if TYPE_CHECKING:
     from attnlrp_fx.runtime.explanation import Explanation
@@ -45,8 +46,8 @@ def doctor(
     quick: Annotated[
         bool, typer.Option("--quick", help="Leave out Inductor, which takes a minute or so.")
     ] = False,
-    quietly: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Print an error's traceback.")] = False,
+    quietly: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Check that everything works here: versions, devices, the compiler, a self-test.
 

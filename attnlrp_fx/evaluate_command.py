@@ -2,7 +2,6 @@
 
 import json as json_format
 from dataclasses import replace as replace_fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +10,21 @@ from rich.console import Console
 from attnlrp_fx.commands import check_writable, no_collection, one_line_errors, stages
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.files import write_atomically
-from attnlrp_fx.loading import DTYPES, TASKS, load, quiet
+from attnlrp_fx.loading import load, quiet
+from attnlrp_fx.options import (
+    BatchSize,
+    Column,
+    Data,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Label,
+    Length,
+    Model,
+    Quiet,
+    Task,
+)
 from attnlrp_fx.texts import Cut, Texts, longest
 
 if TYPE_CHECKING:
@@ -21,13 +34,8 @@ DEFAULT_METHODS = "attnlrp,cp-lrp,ig,input-x-gradient,gradient-rollout,random"
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A directory, or a name, as in explain --model.")
-    ],
-    data: Annotated[
-        Path,
-        typer.Argument(metavar="DATA", help="A file: a text a line, or lines of JSON (.jsonl)."),
-    ],
+    model: Model,
+    data: Data,
     methods: Annotated[
         str,
         typer.Option(
@@ -38,47 +46,22 @@ def evaluate(
             rich_help_panel="Method",
         ),
     ] = DEFAULT_METHODS,
-    column: Annotated[
-        str, typer.Option(metavar="KEY", help="The text's key in lines of JSON.")
-    ] = "text",
+    column: Column = "text",
     evidence: Annotated[
         str,
         typer.Option(
             metavar="KEY",
-            help="The key of [start, end], the characters that the answer depends on; where lines "
-            "have it, explanations are checked against it.",
+            help="The key of \\[start, end], the characters that the answer depends on; where "
+            "lines have it, explanations are checked against it.",
         ),
     ] = "evidence",
     samples: Annotated[
         int | None, typer.Option(metavar="N", help="How many texts. [dim]\\[default: all][/dim]")
     ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LABEL",
-            help="What is explained, as in explain. [dim]\\[default: the highest][/dim]",
-            rich_help_panel="Question",
-        ),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TASK",
-            help=f"What the model does: {', '.join(TASKS)}.",
-            rich_help_panel="Model",
-        ),
-    ] = None,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="Where it runs.", rich_help_panel="Model")
-    ] = "cpu",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help=f"In what it computes: {', '.join(DTYPES)}.",
-            rich_help_panel="Model",
-        ),
-    ] = "float32",
+    target: Label = None,
+    task: Task = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     steps: Annotated[
         int, typer.Option(metavar="N", help="Points of a curve.", rich_help_panel="Method")
     ] = 9,
@@ -98,28 +81,11 @@ def evaluate(
             rich_help_panel="Method",
         ),
     ] = "target",
-    batch_size: Annotated[
-        int, typer.Option(metavar="N", help="Texts in a batch.", rich_help_panel="Method")
-    ] = 8,
-    length: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Texts are cut to that many tokens. [dim]\\[default: what the model reads][/dim]",
-            rich_help_panel="Method",
-        ),
-    ] = None,
-    json: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the numbers as JSON.", rich_help_panel="Output"),
-    ] = None,
-    quietly: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel="Output")
-    ] = False,
-    debug: Annotated[
-        bool,
-        typer.Option("--debug", help="Print an error's traceback.", rich_help_panel="Output"),
-    ] = False,
+    batch_size: BatchSize = 8,
+    length: Length = None,
+    json: Json = None,
+    quietly: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Measure how faithful explanations of a model are, by several methods.
 

@@ -9,7 +9,8 @@ from rich.console import Console
 from attnlrp_fx.commands import check_writable, no_collection, one_line_errors, stages
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.files import write_atomically
-from attnlrp_fx.loading import IMAGES, TASKS, load, quiet, task_of
+from attnlrp_fx.loading import IMAGES, load, quiet, task_of
+from attnlrp_fx.options import Debug, Quiet, Rules, Task
 
 if TYPE_CHECKING:
     from attnlrp_fx.runtime.explainer import ExplainableGraphModule
@@ -36,13 +37,8 @@ def inspect(
             "sentence][/dim]",
         ),
     ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(metavar="TASK", help=f"What the model does: {', '.join(TASKS)}."),
-    ] = None,
-    composite: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which rules: attnlrp, cp-lrp, ...")
-    ] = None,
+    task: Task = None,
+    composite: Rules = None,
     check: Annotated[
         bool,
         typer.Option(
@@ -82,8 +78,8 @@ def inspect(
         Path | None,
         typer.Option(metavar="FILE", help="Write the flow of relevance: .html, .png, .svg, .pdf."),
     ] = None,
-    quietly: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Print an error's traceback.")] = False,
+    quietly: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Look at what the compiler makes of a model. Without options: --check.
 

@@ -16,7 +16,21 @@ from rich.table import Table
 from attnlrp_fx.commands import check_writable, no_collection, one_line_errors, stages
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.files import write_atomically
-from attnlrp_fx.loading import DTYPES, TASKS, load, quiet
+from attnlrp_fx.loading import load, quiet
+from attnlrp_fx.options import (
+    BatchSize,
+    Column,
+    Data,
+    Debug,
+    Device,
+    Dtype,
+    Html,
+    Label,
+    Length,
+    Model,
+    Quiet,
+    Task,
+)
 from attnlrp_fx.texts import Cut, Texts, longest
 
 if TYPE_CHECKING:
@@ -24,13 +38,8 @@ if TYPE_CHECKING:
 
 
 def neurons(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A directory, or a name, as in explain --model.")
-    ],
-    data: Annotated[
-        Path,
-        typer.Argument(metavar="DATA", help="A file: a text a line, or lines of JSON (.jsonl)."),
-    ],
+    model: Model,
+    data: Data,
     out: Annotated[
         Path,
         typer.Option(
@@ -39,9 +48,7 @@ def neurons(
             rich_help_panel="Output",
         ),
     ],
-    column: Annotated[
-        str, typer.Option(metavar="KEY", help="The text's key in lines of JSON.")
-    ] = "text",
+    column: Column = "text",
     latent: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,33 +58,10 @@ def neurons(
             rich_help_panel="Question",
         ),
     ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LABEL",
-            help="What is explained, as in explain. [dim]\\[default: the highest][/dim]",
-            rich_help_panel="Question",
-        ),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TASK",
-            help=f"What the model does: {', '.join(TASKS)}.",
-            rich_help_panel="Model",
-        ),
-    ] = None,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="Where it runs.", rich_help_panel="Model")
-    ] = "cpu",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help=f"In what it computes: {', '.join(DTYPES)}.",
-            rich_help_panel="Model",
-        ),
-    ] = "float32",
+    target: Label = None,
+    task: Task = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     composite: Annotated[
         str, typer.Option(metavar="NAME", help="As in explain.", rich_help_panel="Method")
     ] = "attnlrp",
@@ -89,17 +73,8 @@ def neurons(
             rich_help_panel="Method",
         ),
     ] = "inductor",
-    batch_size: Annotated[
-        int, typer.Option(metavar="N", help="Texts in a batch.", rich_help_panel="Method")
-    ] = 16,
-    length: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Texts are cut to that many tokens. [dim]\\[default: what the model reads][/dim]",
-            rich_help_panel="Method",
-        ),
-    ] = None,
+    batch_size: BatchSize = 16,
+    length: Length = None,
     top: Annotated[
         int, typer.Option(metavar="N", help="Top samples of a unit.", rich_help_panel="Output")
     ] = 5,
@@ -109,13 +84,8 @@ def neurons(
             metavar="N", help="Tokens kept of each, around the peak.", rich_help_panel="Output"
         ),
     ] = 32,
-    quietly: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel="Output")
-    ] = False,
-    debug: Annotated[
-        bool,
-        typer.Option("--debug", help="Print an error's traceback.", rich_help_panel="Output"),
-    ] = False,
+    quietly: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Collect statistics of every neuron, head and expert over a data set.
 
@@ -178,14 +148,14 @@ def neuron(
         ),
     ] = None,
     index: Annotated[int, typer.Argument(metavar="INDEX", help="Its number there.")] = 0,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a web page.")] = None,
+    html: Html = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers as JSON.")
     ] = None,
     count: Annotated[
         int, typer.Option(metavar="N", help="How many units are listed without a site.")
     ] = 20,
-    debug: Annotated[bool, typer.Option("--debug", help="Print an error's traceback.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Show a neuron, head or expert: its statistics, and its top samples as heat maps.
 

@@ -47,6 +47,9 @@ def retyped(
     """
     graph = _Retyping(captured.graph_module, tensors, old, new).graph
     graph_module = fx.GraphModule(captured.graph_module, graph)
+    for name in {str(node.target) for node in graph.find_nodes(op="get_attr")} & tensors.keys():
+        path, _, leaf = name.rpartition(".")
+        setattr(graph_module.get_submodule(path), leaf, tensors[name])
 
     def moved(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {n: v.to(new) if v.dtype == old else v for n, v in inputs.items()}

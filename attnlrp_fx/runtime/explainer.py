@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from attnlrp_fx import ops
 from attnlrp_fx.calculus.tails import features_of, source_of, split_at
+from attnlrp_fx.calculus.tape import Runner
 from attnlrp_fx.capture.capture import Captured, flat_inputs
 from attnlrp_fx.capture.retype import main_dtype, retyped
 from attnlrp_fx.codegen.attributes import Attributes
@@ -310,7 +311,7 @@ class ExplainableGraphModule(Inspectable, nn.Module):
             edits = {"conditions": conditions, "interventions": interventions}
             return self._whole()(given, target=target, check_finite=check_finite, **edits)  # type: ignore[no-any-return]
         given |= self._edits(given, conditions, interventions)
-        memory = short_of_memory(self._savings(given, targets))
+        memory = short_of_memory(partial(self._savings, given, targets))
         with memory, computing(self._options.programs.differentiable):
             found, forward = self._explain(targets, given, given)
         asked = _at_the_only_position(targets) if self._sliced else targets
@@ -620,11 +621,14 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         new = main_dtype(tensors())
         if old is not None and new is not None and old != new:
-            captured = retyped(self._convention, tensors(), old, new)
-            rewriting = rewrite(captured, self._rewriting.context, self._rewriting.passes)
+            with TRACING:
+                captured = retyped(self._convention, tensors(), old, new)
+                rewriting = rewrite(captured, self._rewriting.context, self._rewriting.passes)
             seconds, place = self._report.capture_seconds, self._programs.captured_device
-            self.__init__(self.model, captured, rewriting, self._options, seconds)  # type: ignore[misc]
-            self._programs.captured_device = place
+            made = type(self)(self.model, captured, rewriting, self._options, seconds)
+            made._programs.captured_device = place
+            # Nothing made of the old graph stays, neither programs nor what was cached of it.
+            self.__dict__ = made.__dict__
         return self
 
     def save(self, path: str | Path, *, weights: bool = True, aot: bool = False) -> None:
@@ -902,7 +906,8 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         """The outputs that the default target reads, found on the example's outputs."""
         kind = kinds_of([self._target])
         if kind not in self._seeded:
-            example = self._convention.example
+            device = self._attributes.device()
+            example = {n: v.to(device) for n, v in self._convention.example.items()}
             with computing():
                 flat = self._example_outputs(example)
             found = seeds_of(
@@ -913,9 +918,14 @@ class ExplainableGraphModule(Inspectable, nn.Module):
 
     def _example_outputs(self, example: Mapping[str, Tensor]) -> list[Any]:
         """The flat outputs for the example; with latent values, where the target is one."""
-        if not isinstance(self._target, Neuron):
-            return list(self.captured(*example.values()))
-        return list(self.rewritten(*example.values(), *self._edits(example).values()))
+        graph, inputs = self.captured, [*example.values()]
+        if isinstance(self._target, Neuron):
+            graph, inputs = self.rewritten, [*inputs, *self._edits(example).values()]
+        device = self._attributes.device()
+        moved = device if device != self._programs.captured_device else None
+        tensors = Attributes(self.model, graph).values(device)  # the model's as they are now
+        run = Runner(graph, tensors, moved).run
+        return list(run(*inputs))
 
     def _classes(self, flat: Sequence[Any], seeded: Iterable[int]) -> tuple[int, bool]:
         """How many classes the explained output has, and whether they are tokens."""

@@ -36,7 +36,7 @@ def computing(differentiable: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def short_of_memory(remedies: Sequence[str]) -> Iterator[None]:
+def short_of_memory(remedies: Callable[[], Sequence[str]]) -> Iterator[None]:
     """Say what helps if a batch does not fit into memory.
 
     Raises:
@@ -51,5 +51,5 @@ def short_of_memory(remedies: Sequence[str]) -> Iterator[None]:
         raise OutOfMemoryError(
             "there is not enough memory to explain this batch",
             why=" ".join(str(error).split())[:300],
-            remedy=", or ".join(remedies),
+            remedy=", or ".join(remedies()),
         ) from error

@@ -24,7 +24,7 @@ from attnlrp_fx.runtime.loader import Bar, Loaded, load_batches
 from attnlrp_fx.statistics import store
 from attnlrp_fx.statistics.report import LatentStatistics
 from attnlrp_fx.statistics.tables import Rows, Statistics, merged
-from attnlrp_fx.targets import TargetLike
+from attnlrp_fx.targets import TargetLike, as_target
 
 
 def latent_statistics(
@@ -88,12 +88,7 @@ def latent_statistics(
         part=Part(rank, world),
     )
     run = {
-        "model": store.fingerprint(explainer.model),
-        "composite": digest(str(explainer._rewriting.context.composite)),
-        "target": f"{explainer._target if target is None else target}"
-        + (", one a sample" if targets is not None else ""),
-        "data": digest(first_of(dataset)),
-        "samples": loaded.total,
+        **identity(explainer, dataset, loaded, target, targets),
         "latent": list(map(str, explainer._rewriting.context.latent)),
         "options": [loaded.batcher.rows, max_tokens, window, pad, top, context],
         "processes": world,
@@ -114,6 +109,26 @@ def latent_statistics(
         for r in range(world):
             (goal / store.checkpoint_name(r, world)).unlink(missing_ok=True)
     return LatentStatistics.open(goal)
+
+
+def identity(
+    explainer: ExplainableGraphModule,
+    dataset: Any,
+    loaded: Loaded,
+    target: TargetLike,
+    targets: Targets | None,
+) -> dict[str, Any]:
+    """What tells a run over a data set from another's, as JSON."""
+    wanted = explainer._target if target is None else as_target(target)
+    function = getattr(wanted, "function", None)  # whose repr is another in every process
+    told = repr(wanted) if function is None else f"{function.__module__}.{wanted}"
+    return {
+        "model": store.fingerprint(explainer.model),
+        "composite": _digest(str(explainer.composite)),
+        "target": f"{told}{'' if targets is None else ', one a sample'}",
+        "data": _digest(_first_of(dataset)),
+        "samples": loaded.total,
+    }
 
 
 def finish(directory: Path, statistics: Statistics, tokenizer: Any = None) -> None:
@@ -214,7 +229,7 @@ def _wait(world: int) -> None:
         distributed.barrier()
 
 
-def first_of(dataset: Any) -> str:
+def _first_of(dataset: Any) -> str:
     """The first sample as text, where looking at it takes nothing away."""
     if isinstance(dataset, Iterator):
         return "an iterator"
@@ -231,5 +246,5 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, Tensor) else value
 
 
-def digest(text: str) -> str:
+def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -30,7 +30,7 @@ from attnlrp_fx.runtime.explanation import Explanation
 from attnlrp_fx.runtime.loader import Bar, Loaded, load_batches
 from attnlrp_fx.runtime.mapping import Throughput, explained_rows
 from attnlrp_fx.statistics import store
-from attnlrp_fx.statistics.collect import digest, first_of
+from attnlrp_fx.statistics.collect import identity
 from attnlrp_fx.targets import TargetLike
 
 if TYPE_CHECKING:
@@ -105,12 +105,7 @@ def write_relevance(
         pad=pad,
     )
     run = {
-        "model": store.fingerprint(explainer.model),
-        "composite": digest(str(explainer._rewriting.context.composite)),
-        "target": f"{explainer._target if target is None else target!r}"
-        + (", one a sample" if targets is not None else ""),
-        "data": digest(first_of(dataset)),
-        "samples": loaded.total,
+        **identity(explainer, dataset, loaded, target, targets),
         "options": [loaded.batcher.rows, max_tokens, window, pad],
         **(about or {}),
     }

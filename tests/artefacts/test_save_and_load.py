@@ -347,3 +347,19 @@ def test_another_dtype(decoder: Any, dtype: torch.dtype) -> None:
         expected = attnlrp_fx.compile(model, inputs, backend="eager", dynamic_shapes=None)
         relevance = expected(inputs, target=3).relevance["input_ids"]
         torch.testing.assert_close(found.relevance["input_ids"], relevance, atol=1e-6, rtol=1e-5)
+
+
+def test_nothing_of_another_dtype_stays() -> None:
+    """Weight relevance and listings were made of the graph that was there before."""
+    model = BY_NAME["mlp"].model()
+    features = BY_NAME["mlp"].example(4)["features"]
+    explainer = attnlrp_fx.compile(model, features, backend="eager", audit=True)
+    before = explainer.weight_relevance(list(features), progress=False)
+    assert "f32[" in str(explainer.show())
+    explainer.double()
+    after = explainer.weight_relevance(list(features.double()), progress=False)
+    assert after.keys() == before.keys()
+    for name, relevance in after.items():
+        torch.testing.assert_close(relevance.float(), before[name].float(), rtol=1e-4, atol=1e-5)
+    assert "f32[" not in str(explainer.show())
+    assert abs(explainer(features.double()).ledger.residual) < 1e-12

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from torch.testing import assert_close
 import attnlrp_fx
 from attnlrp_fx import ExplainableGraphModule, InputError, LatentStatistics, latent_statistics
 from attnlrp_fx.statistics import store
-from attnlrp_fx.statistics.collect import finish
+from attnlrp_fx.statistics.collect import finish, identity
 from attnlrp_fx.statistics.shards import PartialStatistics, merge_statistics
 from attnlrp_fx.statistics.tables import KINDS, Statistics
 
@@ -312,6 +313,8 @@ def test_a_directory_of_another_run(
         collect(explainer, texts, whole, top=2)
     with pytest.raises(InputError, match="target: "):
         collect(explainer, texts, whole, target=1)
+    one, other = (identity(explainer, texts, mock.Mock(total=1), t, None) for t in (0, 1))
+    assert one["target"] != other["target"]
     with pytest.raises(InputError, match="composite: "):
         collect(explainer.with_composite("gradient"), texts, whole)
     with pytest.raises(InputError, match="name: unknown, not x"):
