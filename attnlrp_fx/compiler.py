@@ -21,10 +21,11 @@ from attnlrp_fx.heatmap import Normalisation
 from attnlrp_fx.neurons import Neuron
 from attnlrp_fx.passes import PIPELINE, Pass, PassContext
 from attnlrp_fx.rules.composites import Composite, composite_named
-from attnlrp_fx.runtime.explainer import ExplainableGraphModule, ExplainerOptions
+from attnlrp_fx.runtime.explainer import ExplainableGraphModule
 from attnlrp_fx.runtime.explanation import Explanation
 from attnlrp_fx.runtime.explanations import Explanations
 from attnlrp_fx.runtime.labels import Labels
+from attnlrp_fx.runtime.running import ExplainerOptions
 from attnlrp_fx.targets import Target, TargetLike, as_target, outputs_as_seen
 from attnlrp_fx.torch_private import TRACING
 

@@ -85,7 +85,7 @@ def target_in_file(explainer: "ExplainableGraphModule", name: str | None) -> "Ta
         return None
     if name.isascii() and name.removeprefix("-").isdigit():
         return Logit(int(name))
-    labels = explainer._options.labels
+    labels = explainer._running.options.labels
     found = [
         i for i, label in (labels.id2label or {}).items() if str(label).lower() == name.lower()
     ]

@@ -27,8 +27,9 @@ from attnlrp_fx.codegen.programs import ProgramOptions, Stage
 from attnlrp_fx.codegen.rewriting import rewrite
 from attnlrp_fx.errors import ArtefactError, BackendError, InputError
 from attnlrp_fx.heatmap import Normalisation
-from attnlrp_fx.runtime.explainer import ExplainableGraphModule, ExplainerOptions
+from attnlrp_fx.runtime.explainer import ExplainableGraphModule
 from attnlrp_fx.runtime.labels import Labels
+from attnlrp_fx.runtime.running import ExplainerOptions
 from attnlrp_fx.runtime.saving import EXAMPLE, GIVEN, HELD
 
 

@@ -217,13 +217,17 @@ def on_tape(explainer: ExplainableGraphModule, inputs: Inputs) -> tuple[dict[str
     """Relevance of the default target, node by node, without tracing a program; and the ledger."""
     rewritten = explainer.rewritten
     device = torch.device("cpu")
-    values = explainer._checks.ordered(flat_inputs(inputs), device)
-    given = dict(zip(explainer._checks.examples, values, strict=True))
+    values = explainer._running.checks.ordered(flat_inputs(inputs), device)
+    given = dict(zip(explainer._running.checks.examples, values, strict=True))
     with torch.no_grad():
-        tape = Tape(rewritten, explainer._attributes.values(device))
+        tape = Tape(rewritten, explainer._running.attributes.values(device))
         flat = tape.run(*values)
         chosen, found = seeds_of(
-            explainer._target, explainer.rewritten, explainer._convention, flat, given
+            explainer._running.target,
+            explainer.rewritten,
+            explainer._running.convention,
+            flat,
+            given,
         )
         seeds = {i: dense(seed, flat[i]) for i, seed in found.items()}
         outputs = rewritten.graph.output_node().args[0]

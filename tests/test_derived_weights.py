@@ -40,7 +40,9 @@ def test_kept_equals_recomputed():
 def test_nothing_of_the_weights_is_left_in_the_program():
     """Both sides read |W| and the merged weight; neither computes them."""
     explainer = compiled(network(), "keep")
-    compilation = explainer._programs.example(explainer._default_seeds(), torch.device("cpu"))
+    compilation = explainer._running.programs.example(
+        explainer._running.default_seeds(), torch.device("cpu")
+    )
     (program,) = compilation.schedule.programs
     assert program.derived is not None
     for side in (program.forward, program.relevance):

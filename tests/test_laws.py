@@ -66,7 +66,7 @@ def seeds_of(explainer: ExplainableGraphModule, case: Case, inputs: Inputs) -> d
     with torch.no_grad():
         flat = explainer.rewritten(*inputs.values())
     watched = [v.detach().requires_grad_() if is_floating(v) else v for v in flat]
-    tree = torch.utils._pytree.tree_unflatten(watched, explainer._convention.output_spec)
+    tree = torch.utils._pytree.tree_unflatten(watched, explainer._running.convention.output_spec)
     floating = [i for i, v in enumerate(watched) if is_floating(v)]
     value = case.value(tree, inputs).sum()
     found = torch.autograd.grad(value, [watched[i] for i in floating], allow_unused=True)

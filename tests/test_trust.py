@@ -231,7 +231,7 @@ def test_a_gpus_error_is_named_too(explain: Explain) -> None:
     explainer = explain(BY_NAME["mlp"])
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     with (
-        mock.patch.object(type(explainer._programs), "serving", side_effect=error),
+        mock.patch.object(type(explainer._running.programs), "serving", side_effect=error),
         pytest.raises(OutOfMemoryError, match="Tried to allocate 2 GiB"),
     ):
         explainer(torch.ones(1, 6, dtype=torch.float64))
@@ -240,7 +240,9 @@ def test_a_gpus_error_is_named_too(explain: Explain) -> None:
 def test_other_errors_stay_what_they_are(explain: Explain) -> None:
     explainer = explain(BY_NAME["mlp"])
     with (
-        mock.patch.object(type(explainer._programs), "serving", side_effect=RuntimeError("odd")),
+        mock.patch.object(
+            type(explainer._running.programs), "serving", side_effect=RuntimeError("odd")
+        ),
         pytest.raises(RuntimeError, match=r"^odd$"),
     ):
         explainer(torch.ones(1, 6, dtype=torch.float64))

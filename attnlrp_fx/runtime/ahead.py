@@ -34,7 +34,8 @@ from attnlrp_fx.files import writing_atomically
 from attnlrp_fx.graph.operators import placeholders_of
 from attnlrp_fx.runtime.explanation import Explanation
 from attnlrp_fx.runtime.labels import Labels
-from attnlrp_fx.runtime.saving import Saves, as_json_text, checked_path, description
+from attnlrp_fx.runtime.running import Running
+from attnlrp_fx.runtime.saving import as_json_text, checked_path, description
 from attnlrp_fx.runtime.seeding import entering, seeds_of
 from attnlrp_fx.targets import outputs_as_seen, unread
 from attnlrp_fx.torch_private import fake_mode_of, fresh
@@ -43,16 +44,16 @@ INDEX = "index"
 """The name of the input that says what to explain."""
 
 
-def save_ahead(explainer: Saves, path: str | Path) -> None:
+def save_ahead(running: Running, path: str | Path) -> None:
     """Compile an explainer ahead of time; see `ExplainableGraphModule.save`."""
     goal = checked_path(path)
-    tokenizer = explainer._options.labels.tokenizer
-    about = description(explainer)
-    traced, returned = _traced(explainer)
-    example = dict(explainer._convention.example)
+    tokenizer = running.options.labels.tokenizer
+    about = description(running)
+    traced, returned = _traced(running)
+    example = dict(running.convention.example)
     batch = len(next(iter(example.values())))
-    example[INDEX] = torch.full((batch,), -1, device=explainer._programs.captured_device)
-    program = traced_program(traced, explainer._attributes.values(), example)
+    example[INDEX] = torch.full((batch,), -1, device=running.programs.captured_device)
+    program = traced_program(traced, running.attributes.values(), example)
     about = {**about, "aot": True, "weights": True, "returned": returned}
     with tempfile.TemporaryDirectory() as directory:
         package = Path(directory) / "model.pt2"
@@ -75,25 +76,25 @@ def save_ahead(explainer: Saves, path: str | Path) -> None:
             seal(file)
 
 
-def _traced(explainer: Saves) -> tuple[fx.GraphModule, dict[str, Any]]:
+def _traced(running: Running) -> tuple[fx.GraphModule, dict[str, Any]]:
     """The whole program of the default target, and what it returns, in order."""
-    rewritten = explainer._rewriting.graph_module
-    if explainer._rewriting.context.sliced or explainer._rewriting.context.editable:
+    rewritten = running.rewritten
+    if running.rewriting.context.sliced or running.rewriting.context.editable:
         raise ArtefactError(
             "a program that is compiled ahead of time computes the whole output, and is not edited",
             remedy="compile without target_slice=True and editable=True",
         )
-    device = explainer._programs.captured_device
-    seeded = explainer._default_seeds()
-    schedule, _ = explainer._programs.planned(Served(seeded, device))
+    device = running.programs.captured_device
+    seeded = running.default_seeds()
+    schedule, _ = running.programs.planned(Served(seeded, device))
     mode, returned = fake_mode_of(rewritten), _Returned()
-    attributes = explainer._attributes.values()
+    attributes = running.attributes.values()
     placeholders = placeholders_of(rewritten)
     names = [str(node.target) for node in placeholders]
 
     def whole(given: dict[str, Tensor], inputs: list[Tensor], index: Tensor) -> list[Any]:
         named = dict(zip(names, inputs, strict=True))
-        return _explained(explainer, schedule, given, named, index, returned)
+        return _explained(running, schedule, given, named, index, returned)
 
     with ExitStack() as stack:
         for context in (mode, torch.no_grad(), unread()):
@@ -120,7 +121,7 @@ class _Returned:
 
 
 def _explained(
-    explainer: Saves,
+    running: Running,
     schedule: Schedule,
     attributes: dict[str, Tensor],
     inputs: dict[str, Tensor],
@@ -128,8 +129,8 @@ def _explained(
     returned: _Returned,
 ) -> list[Any]:
     """An explanation, as calls of an explainer compute it."""
-    convention, places = explainer._convention, explainer._places
-    rewritten = explainer._rewriting.graph_module
+    convention, places = running.convention, running.places
+    rewritten = running.rewritten
 
     def call(step: Step, arguments: Any, values: Values) -> Any:
         return step.graph_module(*arguments)
@@ -137,7 +138,7 @@ def _explained(
     values = schedule.start(attributes, inputs)
     flat = schedule.run_forward(values, call)
     seen = outputs_as_seen(convention, flat, inputs, places)
-    target: Any = explainer._target
+    target: Any = running.target
     default = target.choose(seen).index
     if default is not None and is_dataclass(target):
         target = replace(target, index=torch.where(index < 0, default, index))  # type: ignore[type-var]

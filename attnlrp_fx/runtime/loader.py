@@ -22,30 +22,23 @@ from rich.progress import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from attnlrp_fx.capture.capture import Captured
-from attnlrp_fx.codegen.attributes import Attributes
 from attnlrp_fx.errors import AttnLRPError, InputError, TargetError
 from attnlrp_fx.runtime.batching import (
     PER_ROW,
     WHOLE,
     Batch,
     Batcher,
-    Layout,
     Part,
     Targets,
     Window,
     Windows,
     windows_of,
 )
-from attnlrp_fx.runtime.labels import Labels
-from attnlrp_fx.targets import Target, TargetLike
+from attnlrp_fx.runtime.layout import Layout
+from attnlrp_fx.runtime.running import Running
+from attnlrp_fx.targets import TargetLike
 
 Result = TypeVar("Result")
-
-
-class _HasLabels(Protocol):
-    @property
-    def labels(self) -> Labels: ...
 
 
 class Explains(Protocol):
@@ -57,16 +50,7 @@ class Explains(Protocol):
     def __call__(self) -> Any: ...
 
     @property
-    def _convention(self) -> Captured: ...
-
-    @property
-    def _attributes(self) -> Attributes: ...
-
-    @property
-    def _target(self) -> Target: ...
-
-    @property
-    def _options(self) -> _HasLabels: ...
+    def _running(self) -> Running: ...
 
 
 @dataclass(frozen=True)
@@ -141,10 +125,10 @@ def load_batches(
     """
     if workers < 0:
         raise InputError(f"workers is {workers}", remedy="pass workers of 0 or more")
-    tokenizer = explainer._options.labels.tokenizer
+    tokenizer = explainer._running.options.labels.tokenizer
     batcher = Batcher(
-        layout=Layout.of(explainer._convention, pad),
-        target=explainer._target,
+        layout=Layout.of(explainer._running.convention, pad),
+        target=explainer._running.target,
         chosen=target,
         targets=targets,
         tokenizer=tokenizer,
@@ -157,7 +141,7 @@ def load_batches(
     total = len(dataset) if hasattr(dataset, "__len__") else None
     if total is not None:
         _check_targets(total, targets if targets is not None else target)
-    device = explainer._attributes.device()
+    device = explainer._running.attributes.device()
     many = workers if isinstance(windows, Windows) else min(workers, 1)
     loader = DataLoader(
         windows,

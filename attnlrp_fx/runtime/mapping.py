@@ -216,7 +216,7 @@ def explained_rows(
     explanation = _in_main_memory(replace(explanation, outputs=None))
     rows = [explanation.row(i, lengths) for i, lengths in enumerate(batch.lengths)]
     if outputs:
-        names = explainer._convention.output_names
+        names = explainer._running.convention.output_names
         kept = (_outputs(whole, names, loaded, batch, i) for i in range(len(rows)))
         rows = [replace(row, outputs=own) for row, own in zip(rows, kept, strict=True)]
     return rows

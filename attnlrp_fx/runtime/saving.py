@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -28,77 +28,25 @@ from attnlrp_fx.artefacts.exporting import exported_program
 from attnlrp_fx.artefacts.expressions import as_text
 from attnlrp_fx.artefacts.outputs import spec_as_json
 from attnlrp_fx.artefacts.tokenizer import tokenizer_as_json
-from attnlrp_fx.capture.capture import Captured
 from attnlrp_fx.codegen.attributes import Attributes
-from attnlrp_fx.codegen.programs import Programs
 from attnlrp_fx.codegen.report import Report
-from attnlrp_fx.codegen.rewriting import Rewriting
 from attnlrp_fx.errors import ArtefactError
 from attnlrp_fx.graph.grouped import grouped_mm
 from attnlrp_fx.graph.operators import outputs_of, packet, placeholders_of
-from attnlrp_fx.graph.sites import Site
-from attnlrp_fx.heatmap import Normalisation
 from attnlrp_fx.passes import PassContext, drop_assertions
-from attnlrp_fx.runtime.checks import InputChecks
-from attnlrp_fx.runtime.labels import Labels
 from attnlrp_fx.runtime.loader import padding_of
+from attnlrp_fx.runtime.running import Running
 
 EXAMPLE, GIVEN, HELD = "example:", "given:", "held:"
 """How the names of constants begin that are the example's inputs."""
 
 
-class _Options(Protocol):
-    @property
-    def programs(self) -> Any: ...
-
-    @property
-    def labels(self) -> Labels: ...
-
-    @property
-    def normalisation(self) -> Normalisation | None: ...
-
-
-class Saves(Protocol):
-    """What is read of an explainable graph module, which is made a layer above."""
-
-    model: nn.Module
-
-    @property
-    def _convention(self) -> Captured: ...
-
-    @property
-    def _rewriting(self) -> Rewriting: ...
-
-    @property
-    def _options(self) -> _Options: ...
-
-    @property
-    def _checks(self) -> InputChecks: ...
-
-    @property
-    def _target(self) -> Any: ...
-
-    @property
-    def _programs(self) -> Programs: ...
-
-    @property
-    def _attributes(self) -> Attributes: ...
-
-    @property
-    def _places(self) -> dict[str, tuple[int, Site]]: ...
-
-    def _default_seeds(self) -> tuple[int, ...]: ...
-
-    @property
-    def _report(self) -> Report: ...
-
-
-def save_explainer(explainer: Saves, path: str | Path, weights: bool) -> None:
+def save_explainer(running: Running, path: str | Path, weights: bool) -> None:
     """Write an explainer; what each argument means is with `ExplainableGraphModule.save`."""
     goal = checked_path(path)
-    captured = explainer._convention
+    captured = running.convention
     graph_module = portable(captured.graph_module)
-    tensors = Attributes(explainer.model, graph_module).values()
+    tensors = Attributes(running.model, graph_module).values()
     if any(tensor.is_meta for tensor in tensors.values()):
         raise ArtefactError(
             "the model is on the meta device: there are no values to save",
@@ -108,12 +56,12 @@ def save_explainer(explainer: Saves, path: str | Path, weights: bool) -> None:
     beside = {f"{EXAMPLE}{n}": v for n, v in captured.example.items()}
     beside |= {f"{GIVEN}{n}": v for n, v in captured.given.items()}
     beside |= {f"{HELD}{n}": v for n, v in held.items()}
-    about = {**description(explainer), "weights": weights}
+    about = {**description(running), "weights": weights}
     texts = {EXPLAINER: as_json_text(about)}
-    tokenizer = explainer._options.labels.tokenizer
+    tokenizer = running.options.labels.tokenizer
     if tokenizer is not None:
         texts[TOKENIZER] = tokenizer_as_json(tokenizer)
-    program = exported_program(graph_module, explainer.model, tensors, beside, weights)
+    program = exported_program(graph_module, running.model, tensors, beside, weights)
     write_archive(goal, program, texts)
 
 
@@ -140,14 +88,14 @@ def as_json_text(about: Mapping[str, Any]) -> str:
     return json.dumps(about, indent=1, allow_nan=False)
 
 
-def description(explainer: Saves) -> dict[str, Any]:
+def description(running: Running) -> dict[str, Any]:
     """All of an explainer but its graph and tensors, as JSON."""
-    captured, options = explainer._convention, explainer._options
-    context, programs = explainer._rewriting.context, options.programs
+    captured, options = running.convention, running.options
+    context, programs = running.rewriting.context, options.programs
     return {
         "versions": _versions(),
-        "model": type(explainer.model).__name__,
-        "device": str(explainer._programs.captured_device),
+        "model": type(running.model).__name__,
+        "device": str(running.programs.captured_device),
         "inputs": _signature(captured.graph_module, None),
         "outputs": _signature(captured.graph_module, captured.output_names),
         "output_names": list(captured.output_names),
@@ -156,11 +104,11 @@ def description(explainer: Saves) -> dict[str, Any]:
             name: None if isinstance(value, Tensor) else plain(value, f"input '{name}'")
             for name, value in captured.constants.items()
         },
-        "assumptions": [as_text(relation) for relation in explainer._checks.assumptions],
+        "assumptions": [as_text(relation) for relation in running.checks.assumptions],
         "composite": composite_as_json(context.composite),
         "context": context_as_json(context),
-        "passes": passes_as_json(explainer._rewriting.passes),
-        "target": target_as_json(explainer._target),
+        "passes": passes_as_json(running.rewriting.passes),
+        "target": target_as_json(running.target),
         "options": {
             "backend": programs.backend if isinstance(programs.backend, str) else None,
             "audit": programs.audit,
@@ -172,11 +120,11 @@ def description(explainer: Saves) -> dict[str, Any]:
         "labels": None
         if options.labels.id2label is None
         else {str(index): str(label) for index, label in options.labels.id2label.items()},
-        "padding": padding_of(options.labels.tokenizer, explainer.model),
-        "length": _longest(explainer.model),
+        "padding": padding_of(options.labels.tokenizer, running.model),
+        "length": _longest(running.model),
         "normalisation": None if options.normalisation is None else asdict(options.normalisation),
         "notes": list(captured.notes),
-        "report": _report(explainer._report),
+        "report": _report(running.report),
     }
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -17,24 +17,16 @@ from torch import Tensor, nn
 from attnlrp_fx.calculus.weights import Weight
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.files import write_atomically
-from attnlrp_fx.runtime.batching import Batch, Layout
+from attnlrp_fx.runtime.batching import Batch
+from attnlrp_fx.runtime.layout import Layout
 from attnlrp_fx.runtime.loader import Bar, Explains, load_batches
+from attnlrp_fx.runtime.running import Sums, Weighed
 from attnlrp_fx.targets import Target
 
 SCHEMA = "attnlrp_fx.weight_relevance/1"
 
 LARGEST = 2**28
 """How many bytes one layer's weights may take that are summed a row at a time."""
-
-Sums = dict[str, Weight]
-"""By the name of a tensor in the graph."""
-
-
-class Weighed(NamedTuple):
-    """The sums with a batch added, and whether its rows were told apart."""
-
-    sums: Sums
-    rows_told_apart: bool
 
 
 class Weighs(Explains, Protocol):
@@ -134,7 +126,7 @@ def weight_relevance(
     """
     if batch_size is None:
         largest = max((p.nbytes for p in explainer.model.parameters()), default=1)
-        most = Layout.of(explainer._convention).rows or 32
+        most = Layout.of(explainer._running.convention).rows or 32
         batch_size = max(1, min(most, LARGEST // max(1, largest)))
     loaded = load_batches(explainer, dataset, batch_size=batch_size, **options)
     rows_told_apart, samples, sums = True, 0, Sums()
@@ -181,7 +173,7 @@ def _names(explainer: Explains) -> dict[str, str]:
     model: nn.Module = explainer.model
     named = list(model.named_parameters(remove_duplicate=False))
     first = {id(parameter): name for name, parameter in reversed(named)}
-    values = explainer._attributes.values()
+    values = explainer._running.attributes.values()
     found = {name: first[id(v)] for name, v in values.items() if id(v) in first}
     order = [name for name, _ in named]
     return dict(sorted(found.items(), key=lambda item: order.index(item[1])))

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, distributed
 
 from attnlrp_fx.errors import InputError
-from attnlrp_fx.runtime.batching import Layout, Part, Targets, Window
+from attnlrp_fx.runtime.batching import Part, Targets, Window
 from attnlrp_fx.runtime.explainer import ExplainableGraphModule
 from attnlrp_fx.runtime.explanation import Explanation
+from attnlrp_fx.runtime.layout import Layout
 from attnlrp_fx.runtime.loader import Bar, Loaded, load_batches
 from attnlrp_fx.statistics import store
 from attnlrp_fx.statistics.report import LatentStatistics
@@ -89,7 +90,7 @@ def latent_statistics(
     )
     run = {
         **identity(explainer, dataset, loaded, target, targets),
-        "latent": list(map(str, explainer._rewriting.context.latent)),
+        "latent": list(map(str, explainer._running.rewriting.context.latent)),
         "options": [loaded.batcher.rows, max_tokens, window, pad, top, context],
         "processes": world,
         **(about or {}),
@@ -103,7 +104,7 @@ def latent_statistics(
         _wait(world)
         if rank == 0:
             parts = [store.load(goal / store.checkpoint_name(r, world))[0] for r in range(world)]
-            finish(goal, merged(parts), explainer._options.labels.tokenizer)
+            finish(goal, merged(parts), explainer._running.options.labels.tokenizer)
         _wait(world)
     if rank == 0:
         for r in range(world):
@@ -119,7 +120,7 @@ def identity(
     targets: Targets | None,
 ) -> dict[str, Any]:
     """What tells a run over a data set from another's, as JSON."""
-    wanted = explainer._target if target is None else as_target(target)
+    wanted = explainer._running.target if target is None else as_target(target)
     function = getattr(wanted, "function", None)  # whose repr is another in every process
     told = repr(wanted) if function is None else f"{function.__module__}.{wanted}"
     return {
@@ -202,7 +203,7 @@ def explained(
 
 def _has_one_sequence(explainer: ExplainableGraphModule) -> bool:
     """Whether all is padded alike; if not, it would not be known whose padding is whose."""
-    masks = {wanted.mask for wanted in Layout.of(explainer._convention).inputs.values()}
+    masks = {wanted.mask for wanted in Layout.of(explainer._running.convention).inputs.values()}
     return len(masks - {""}) <= 1
 
 

@@ -306,7 +306,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     own = compiled(composite=attnlrp_fx.epsilon_gamma_box((0.0, -1.0, 0.0), 1.0, gamma=0.5))
     own.save(path)
     loaded = attnlrp_fx.load(path)
-    assert loaded._rewriting.context.composite == own._rewriting.context.composite
+    assert loaded._running.rewriting.context.composite == own._running.rewriting.context.composite
 
 
 def test_backends(mlp: Any, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_convolutions_row_by_row() -> None:
     together = explainer.weight_relevance(list(x), batch_size=5, progress=False)
     apart = explainer.weight_relevance(list(x), batch_size=1, progress=False)
     assert set(together) >= {n for n, p in model.named_parameters() if p.dim() > 1}
-    (compiled,) = explainer._weighing._programs.compiled.values()
+    (compiled,) = explainer._weighing._running.programs.compiled.values()
     assert all(program.rows_told_apart for program in compiled.schedule.programs)
     for name in together:
         assert_close(together[name], apart[name], rtol=1e-9, atol=1e-12)

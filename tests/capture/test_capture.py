@@ -353,7 +353,7 @@ def test_graphs_run_with_gradients_on(name: str) -> None:
     expected = case.value(model(**inputs), inputs)
     for graph_module in (explainer.captured, explainer.rewritten):
         flat = graph_module(*inputs.values())
-        tree = torch.utils._pytree.tree_unflatten(flat, explainer._convention.output_spec)
+        tree = torch.utils._pytree.tree_unflatten(flat, explainer._running.convention.output_spec)
         torch.testing.assert_close(case.value(tree, inputs), expected)
 
 

@@ -49,8 +49,10 @@ def storages(tensors: Any) -> dict[int, int]:
 
 def measured_peaks(explainer: ExplainableGraphModule, inputs: dict[str, Tensor]) -> tuple[int, int]:
     """What the forward and the relevance side allocate when they run on the CPU."""
-    compilation = explainer._programs.example(explainer._default_seeds(), torch.device("cpu"))
-    schedule, attributes = compilation.schedule, explainer._attributes.values()
+    compilation = explainer._running.programs.example(
+        explainer._running.default_seeds(), torch.device("cpu")
+    )
+    schedule, attributes = compilation.schedule, explainer._running.attributes.values()
     values = compilation.start(attributes, inputs)
     own = storages([*attributes.values(), *inputs.values()])
     flat: list[Any] = []
@@ -89,8 +91,10 @@ def test_a_model_without_memory_costs_the_same(name: str) -> None:
     with torch.device("meta"):
         model = case.build().eval()
     explainer = attnlrp_fx.compile(model, on_meta(case.example(2, 6)), backend="eager")
-    programs, device = compiled(name)._programs, torch.device("cpu")
-    served = Served(explainer._default_seeds(), device)  # without values, masks are not known
+    programs, device = compiled(name)._running.programs, torch.device("cpu")
+    served = Served(
+        explainer._running.default_seeds(), device
+    )  # without values, masks are not known
     expected = schedule_cost(programs.planned(served)[0], inputs)
     assert explainer.cost(inputs, device="cpu") == expected
     assert explainer.cost(on_meta(inputs), device="cpu") == expected

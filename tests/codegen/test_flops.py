@@ -133,9 +133,9 @@ def test_operations_of_a_program(explain: Explain) -> None:
     for name in ("llama", "t5"):
         explainer = explain(BY_NAME[name])
         device = torch.device("cpu")
-        compiled = explainer._programs.example(explainer._default_seeds(), device)
+        compiled = explainer._running.programs.example(explainer._running.default_seeds(), device)
         steps = (*compiled.schedule.forward, *compiled.schedule.relevance)
         nodes = [node for step in steps for node in step.graph_module.graph.nodes]
-        sizes = explainer._programs.keeping().sizes
+        sizes = explainer._running.programs.keeping().sizes
         found = sum(typical_size(operations(n), 64, sizes) for n in nodes if is_product(n))
-        assert found == explainer.cost(**explainer._convention.given).flops
+        assert found == explainer.cost(**explainer._running.convention.given).flops

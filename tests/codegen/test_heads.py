@@ -103,7 +103,7 @@ def test_where_a_seed_enters(capped: bool, options: dict[str, object], found: bo
     x = torch.randn(2, 6, 3, dtype=F64)
     explainer = attnlrp_fx.compile(model, x, backend="eager", **options)  # type: ignore[arg-type]
     (output,) = outputs_of(explainer.rewritten.graph)
-    (compiled,) = explainer._programs.compiled.values()
+    (compiled,) = explainer._running.programs.compiled.values()
     assert (compiled.schedule.seeded[0] is not output) == found
     assert found == (head_of(output) is not None)
     for target in TARGETS.values():

@@ -160,20 +160,20 @@ def explainer(name: str, kept: str | int = "fast", **options: Any) -> Explainabl
         return fast(name, **options)
     found = copy.copy(fast(name, **options))
     traced = schedule_of(found)
-    found._report = replace(found.report(), compilations=[])
-    found._programs = Programs(
+    found._running.report = replace(found.report(), compilations=[])
+    found._running.programs = Programs(
         found.rewritten,
-        found._convention,
-        found._attributes,
-        replace(found._options.programs, memory=kept),
-        found._report.compilations,
+        found._running.convention,
+        found._running.attributes,
+        replace(found._running.options.programs, memory=kept),
+        found._running.report.compilations,
     )
-    found._programs._schedule = mock.Mock(return_value=traced)  # type: ignore[method-assign]
+    found._running.programs._schedule = mock.Mock(return_value=traced)  # type: ignore[method-assign]
     return found.prepare()
 
 
 def schedule_of(explainer: ExplainableGraphModule) -> Schedule:
-    (compiled,) = explainer._programs.compiled.values()
+    (compiled,) = explainer._running.programs.compiled.values()
     return compiled.schedule
 
 
@@ -187,8 +187,8 @@ def planned_again(
     explainer: ExplainableGraphModule, kept: str | int
 ) -> tuple[Schedule, MemoryPlan | None]:
     """What compiling with another memory would run, without tracing anything again."""
-    example = explainer._convention.given
-    return planned(schedule_of(explainer), kept, example, explainer._programs.keeping())
+    example = explainer._running.convention.given
+    return planned(schedule_of(explainer), kept, example, explainer._running.programs.keeping())
 
 
 def saved(schedule: Schedule) -> Iterator[tuple[int, fx.Node]]:
@@ -204,7 +204,7 @@ def ops(graph_module: fx.GraphModule) -> list[str]:
 
 
 def peak(schedule: Schedule, explainer: ExplainableGraphModule) -> int:
-    return larger(schedule_cost(schedule, explainer._convention.given))
+    return larger(schedule_cost(schedule, explainer._running.convention.given))
 
 
 def larger(cost: Cost) -> int:
@@ -278,10 +278,10 @@ def test_small_keeps_what_regions_hand_on(name: str) -> None:
     found = explainer(name, "small")
     schedule = schedule_of(found)
     assert not list(saved(schedule))
-    cost = found.cost(**found._convention.given)
+    cost = found.cost(**found._running.convention.given)
     handed = {node: node.meta["val"] for region in schedule.regions for node in region.outputs}
     tensors = [value for value in handed.values() if isinstance(value, Tensor)]
-    sizes = found._programs.keeping().sizes
+    sizes = found._running.programs.keeping().sizes
     most = sum(typical_size(t.numel(), 0, sizes) * t.dtype.itemsize for t in tensors)
     assert 0 < cost.saved <= most
 
@@ -318,7 +318,7 @@ def test_nothing_grows_with_the_square_of_the_length(name: str, kept: str, backe
     """
     schedule = schedule_of(explainer(name, kept, backend=backend))
     counts = collections.Counter(id(program) for program in schedule.programs)
-    batch = {str(value.shape[0]) for value in explainer(name)._checks.examples.values()}
+    batch = {str(value.shape[0]) for value in explainer(name)._running.checks.examples.values()}
     for number, node in saved(schedule):
         sizes = getattr(node.meta["val"], "shape", ())
         lengths = [s for s in sizes if not is_concrete_int(s) and str(s) not in batch]
@@ -328,7 +328,9 @@ def test_nothing_grows_with_the_square_of_the_length(name: str, kept: str, backe
 @pytest.mark.parametrize("name", CASES)
 def test_less_kept_is_less_memory_for_more_operations(name: str) -> None:
     modes = [kept for kept in MODES if name in CASES_OF[kept]]
-    costs = [explainer(name, kept).cost(**explainer(name)._convention.given) for kept in modes]
+    costs = [
+        explainer(name, kept).cost(**explainer(name)._running.convention.given) for kept in modes
+    ]
     fast, *less = costs
     for more, cost in pairwise(costs):
         assert more.saved >= cost.saved
@@ -351,7 +353,7 @@ def test_balanced_is_half_where_it_can_be(name: str) -> None:
 def test_a_budget_is_met() -> None:
     """By the highest price that fits."""
     everything = blocks(backend="eager")
-    schedule, keeping = schedule_of(everything), everything._programs.keeping()
+    schedule, keeping = schedule_of(everything), everything._running.programs.keeping()
     prices = memory._prices(schedule, keeping.sizes)
     assert prices == sorted(prices)
     cuts = [Keeping(keeping.elementwise, price, keeping.sizes) for price in (0.0, *prices)]

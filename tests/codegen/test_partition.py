@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 def program(backend: object) -> Program:
     explainer = attnlrp_fx.compile(Block().eval(), torch.randn(5, 8), backend=backend)  # type: ignore[arg-type]
-    (compiled,) = explainer._programs.compiled.values()
+    (compiled,) = explainer._running.programs.compiled.values()
     (found,) = compiled.schedule.programs
     return found
 
@@ -98,7 +98,7 @@ class Attending(nn.Module):
 def attending() -> Program:
     x = torch.randn(3, 9, 8)
     explainer = attnlrp_fx.compile(Attending().eval(), x, backend=unchanged)  # type: ignore[arg-type]
-    (compiled,) = explainer._programs.compiled.values()
+    (compiled,) = explainer._running.programs.compiled.values()
     (found,) = compiled.schedule.programs
     return found
 

@@ -135,12 +135,12 @@ def pair(
 ) -> tuple[ExplainableGraphModule, ExplainableGraphModule]:
     """With regions and without, from one capture."""
     cut = compiled(model, inputs, **options)
-    with mock.patch.object(compiler, "capture", return_value=cut._convention):
+    with mock.patch.object(compiler, "capture", return_value=cut._running.convention):
         return cut, compiled(model, inputs, regions=False, **options)
 
 
 def pieces(explainer: ExplainableGraphModule) -> list[Region]:
-    return regions_of(explainer.rewritten, explainer._attributes.values())
+    return regions_of(explainer.rewritten, explainer._running.attributes.values())
 
 
 def counts(explainer: ExplainableGraphModule) -> tuple[int, int]:
@@ -151,7 +151,7 @@ def counts(explainer: ExplainableGraphModule) -> tuple[int, int]:
 
 def channels(explainer: ExplainableGraphModule) -> set[Channel]:
     """What crosses boundaries in reverse."""
-    (found,) = explainer._programs.compiled.values()
+    (found,) = explainer._running.programs.compiled.values()
     return {seed.channel for program in found.schedule.programs for seed in program.seeds}
 
 
@@ -288,7 +288,7 @@ def padded(inputs: Inputs) -> Inputs:
 
 def on_tape(explainer: ExplainableGraphModule, inputs: Inputs, index: int) -> Oracle:
     """Relevance of a logit of the last position, without a tracer and without programs."""
-    (found,) = explainer._programs.compiled.values()
+    (found,) = explainer._running.programs.compiled.values()
     (output,) = found.schedule.seeded
     with torch.no_grad():
         tape = Tape(explainer.rewritten)
@@ -310,7 +310,7 @@ def test_real_models(case: Case, explain: Explain) -> None:
     assert explanation.relevance.keys() == oracle.relevance.keys()
     for name, relevance in explanation.relevance.items():
         assert relative(relevance, oracle.relevance[name]) <= 1e-12, name
-    kinds = {served.unpadded for served in explainer._programs.compiled}
+    kinds = {served.unpadded for served in explainer._running.programs.compiled}
     assert explainer.compilations == len(kinds)  # one without padding, and one with, if need be
 
 

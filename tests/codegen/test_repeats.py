@@ -55,7 +55,7 @@ def compiled(middle: Callable[[Tensor], Tensor], **options: object) -> Explainab
 
 
 def program(explainer: ExplainableGraphModule) -> Compiled:
-    (found,) = explainer._programs.compiled.values()
+    (found,) = explainer._running.programs.compiled.values()
     return found
 
 
@@ -109,7 +109,7 @@ def test_programs_whose_seeds_run_alone(option: dict[str, object]) -> None:
 
 def test_as_many_as_fit_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     explainer = compiled(torch.relu)
-    values = program(explainer).start(explainer._attributes.values(), {"x": X})
+    values = program(explainer).start(explainer._running.attributes.values(), {"x": X})
     program(explainer).schedule.run_forward(values, program(explainer).run)
     found = repeats.repeats_of(program(explainer).schedule)
     assert found is not None

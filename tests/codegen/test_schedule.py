@@ -30,12 +30,12 @@ def explainer() -> ExplainableGraphModule:
 
 
 def programs(explainer: ExplainableGraphModule) -> Compiled:
-    (found,) = explainer._programs.compiled.values()
+    (found,) = explainer._running.programs.compiled.values()
     return found
 
 
 def started(explainer: ExplainableGraphModule, x: Tensor) -> Values:
-    return programs(explainer).start(explainer._attributes.values(), {"x": x})
+    return programs(explainer).start(explainer._running.attributes.values(), {"x": x})
 
 
 def seeds(explainer: ExplainableGraphModule, rows: int) -> list[Tensor]:

@@ -80,7 +80,7 @@ def compiled(
 
 
 def found(explainer: ExplainableGraphModule, example: dict[str, Tensor]) -> Unpadded | None:
-    return unpadded(explainer.rewritten, example, explainer._attributes.values())
+    return unpadded(explainer.rewritten, example, explainer._running.attributes.values())
 
 
 def calls(graph_module: torch.fx.GraphModule) -> list[str]:
@@ -92,7 +92,7 @@ def calls(graph_module: torch.fx.GraphModule) -> list[str]:
 )
 def test_a_mask_becomes_a_flag(mask: Callable[[Tensor, Tensor], Tensor], flag: bool) -> None:
     explainer = compiled(mask)
-    (served,) = explainer._programs.compiled
+    (served,) = explainer._running.programs.compiled
     assert served.unpadded
     without = found(explainer, text(2, 5))
     assert without is not None
@@ -109,14 +109,14 @@ def test_a_mask_becomes_a_flag(mask: Callable[[Tensor, Tensor], Tensor], flag: b
 def test_masks_that_say_more_stay(mask: Callable[[Tensor, Tensor], Tensor]) -> None:
     explainer = compiled(mask)
     assert found(explainer, text(2, 5)) is None
-    assert [served.unpadded for served in explainer._programs.compiled] == [False]
+    assert [served.unpadded for served in explainer._running.programs.compiled] == [False]
 
 
 def test_an_example_with_padding_makes_one_program_for_all() -> None:
     explainer = compiled(causal, cut=2)
     explainer(text(3, 7))
     explainer(text(3, 7, cut=3))
-    assert [served.unpadded for served in explainer._programs.compiled] == [False]
+    assert [served.unpadded for served in explainer._running.programs.compiled] == [False]
 
 
 @pytest.mark.parametrize("mask", [causal, added, sliding, padding])

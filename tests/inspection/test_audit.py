@@ -38,7 +38,7 @@ def test_an_audit_is_the_programs_ledger() -> None:
 
 def test_programs_measure_few_edges() -> None:
     """Most edges follow from others: that is what keeps the ledger cheap."""
-    (compiled,) = looked().explainer._programs.compiled.values()
+    (compiled,) = looked().explainer._running.programs.compiled.values()
     posted = [key for step in compiled.schedule.relevance for key in step.audited]
     edges = [account for _, account in posted if isinstance(account, int)]
     assert len(edges) < len(looked().audit.ledger.flows) / 3

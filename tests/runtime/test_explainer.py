@@ -467,4 +467,4 @@ def test_with_composite() -> None:
     with pytest.raises(attnlrp_fx.RuleError, match="no composite 'magic'"):
         plain.with_composite("magic")
     model.to("meta")
-    assert plain.with_composite("gradient")._programs.captured_device == torch.device("cpu")
+    assert plain.with_composite("gradient")._running.programs.captured_device == torch.device("cpu")

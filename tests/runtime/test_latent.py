@@ -29,7 +29,7 @@ def test_a_cut_of_the_residual_stream_and_what_is_absorbed_behind_it_is_the_targ
     made = llama() if name == "llama" else explainer(name, *ROLES)
     explanation = made(example(name))
     order = {node.name: i for i, node in enumerate(made.rewritten.graph.nodes)}
-    markers = {one.site.name: one.marker for one in made._latent}
+    markers = {one.site.name: one.marker for one in made._running.latent}
     target = float(explanation.target_value.sum())
     cuts = explanation.latent.of_role("residual")
     assert len(cuts) == 4

@@ -25,7 +25,8 @@ from attnlrp_fx import (
 )
 from attnlrp_fx.loading import load
 from attnlrp_fx.runtime import loader
-from attnlrp_fx.runtime.batching import Batcher, Layout
+from attnlrp_fx.runtime.batching import Batcher
+from attnlrp_fx.runtime.layout import Layout
 from attnlrp_fx.runtime.mapping import Mapped, map_dataset
 
 F64 = torch.float64
@@ -363,7 +364,9 @@ def test_results_hold_no_batch() -> None:
 
 def batches(explainer: ExplainableGraphModule, rows: list[Any], **options: Any) -> list[list[int]]:
     """The lengths of rows that would share a batch."""
-    batcher = Batcher(Layout.of(explainer._convention), explainer._target, **options)
+    batcher = Batcher(
+        Layout.of(explainer._running.convention), explainer._running.target, **options
+    )
     window = batcher(list(enumerate(rows)))
     assert window.error is None
     return [[length["input_ids"] for length in batch.lengths] for batch in window.batches]
