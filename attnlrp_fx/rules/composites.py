@@ -165,6 +165,19 @@ CP_LRP = Composite(
 )
 """Attention weights, gates and routing are constants (Ali et al. 2022)."""
 
+BEST = Composite(
+    "best",
+    (
+        (Match(kind=Kind.ATTENTION), Attention(weights=0.25, points=8)),
+        *ATTNLRP.entries,
+    ),
+)
+"""AttnLRP with softmax integrated from equal scores, and a quarter to the attention weights.
+
+Our own, chosen by `benchmarks/faithfulness.py --search`. A softmax outside of attention, or in
+attention whose weights are read too, keeps AttnLRP's rule.
+"""
+
 GRADIENT = Composite("gradient", ((Match(), Gradient()),))
 """Gradient×Input."""
 
@@ -242,6 +255,7 @@ COMPOSITES: Mapping[str, Composite] = {
     for c in (
         ATTNLRP,
         CP_LRP,
+        BEST,
         GRADIENT,
         ATTNLRP_VISION,
         EPSILON_PLUS,
