@@ -184,7 +184,7 @@ def _integrated_attention(call: Call, shares: Sequence[float], points: int) -> t
         pulled = iter(pull(c) if any(others) else ())
         of_scores = dict(enumerate(_of_scores(call, c, points)))
         return [
-            (of_scores[p] if p in (0, 1) else next(pulled)) * share if share else None  # type: ignore[index]
+            (of_scores[p] if p in (0, 1) else next(pulled)) * share if share else None
             for p, share in zip(call.positions, shares, strict=True)
         ]
 
