@@ -148,7 +148,7 @@ def norm(op: Op, *args: Any, **kwargs: Any) -> Any:
 def attention(op: Op, *args: Any, weights: float = 0.5, points: int = 0, **kwargs: Any) -> Any:
     """Attention: `weights` of the relevance to query and key in equal parts, the rest to value.
 
-    `points`: softmax is integrated from equal scores, with so many points on the way.
+    `points`: softmax is integrated from scores of zero, with so many points on the way.
     """
     return op(*args, **kwargs)
 

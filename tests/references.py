@@ -224,10 +224,9 @@ def attention(
 def integrated_attention(
     q: Tensor, k: Tensor, v: Tensor, relevance: Tensor, scale: float, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, softmax integrated from equal scores: its derivative's mean at αx, α from 0 to 1.
+    """The same, softmax integrated from scores of zero: its derivative's mean at αx, α from 0 to 1.
 
-    A query's scores count from their mean where the scores are equal; of (x_ij − x̄_i) a_ij the key
-    gets k_jd q_id in its feature d, less x̄_i by k_jd² / |k_j|². Simpson's rule with 2000 pieces.
+    Of x_ij a_ij query and key get q_id k_jd a_ij / 2 in feature d. Simpson's rule, 2000 pieces.
     """
     scores = q @ k.T * scale
     weights = torch.softmax(scores + mask, -1)
@@ -241,11 +240,10 @@ def integrated_attention(
         s = torch.softmax(places[:, None] * scores[i] + mask[i], -1)
         slopes = s * (of_one - (s * of_one).sum(-1, keepdim=True))
         slope = (simpson[:, None] * slopes).sum(0) / 6000
-        mean = float((torch.softmax(mask[i], -1) * scores[i]).sum())
         for j in range(len(k)):
             parts = q[i] * k[j] * scale * slope[j] / 2
             of_q[i] += parts
-            of_k[j] += parts - mean * slope[j] / 2 * k[j].square() / k[j].square().sum()
+            of_k[j] += parts
     return of_q, of_k, of_v
 
 

@@ -171,11 +171,10 @@ def _attention(call: Call) -> tuple[Any, Pullback]:
 
 
 def _integrated_attention(call: Call, shares: Sequence[float], points: int) -> tuple[Any, Pullback]:
-    """The same with softmax integrated from equal scores: ∫ c_ij(αx) dα in the place of c_ij(x).
+    """The same with softmax integrated from scores of zero: ∫ c_ij(αx) dα in the place of c_ij(x).
 
-    With Gauss-Legendre points on the way. Of the score x_ij a query gets x_ij ∫ c_ij and a key
-    (x_ij − x̄_i) ∫ c_ij, with x̄_i the query's mean score; both add up to Σ_j g_ij (s_ij − u_ij), u
-    attention where all scores are equal. For Σ_j c_ij = 0, no shift of a query's scores matters.
+    With Gauss-Legendre points on the way. Of the score x_ij query and key get x_ij ∫ c_ij each (by
+    their share), which add up to Σ_j g_ij (s_ij − u_ij), u attention where all scores are zero.
     """
     others = [0.0 if p in (0, 1) else s for p, s in zip(call.positions, shares, strict=True)]
     output, pull = torch.func.vjp(_with_constants(call, others), *_explained(call, others))[:2]
@@ -192,33 +191,19 @@ def _integrated_attention(call: Call, shares: Sequence[float], points: int) -> t
 
 
 def _of_scores(call: Call, c: Tensor, points: int) -> tuple[Tensor, Tensor]:
-    """Coefficients of query and key, softmax integrated from equal scores.
+    """Coefficients of query and key, softmax integrated from scores of zero."""
+    query, key, *others = call.args
 
-    Keys get one feature more, of zeros, and queries there the mean of their scores over the keys
-    that they can read, which is attention with queries of zero: the scores are what they were, and
-    what arrives at the zeros is t_j = Σ_i c_ij x̄_i. It is taken from the key's features in
-    proportion to their squares: c − k t / |k|².
-    """
-    query, key, value, *rest = call.args
-    options = {**call.kwargs, "scale": call.kwargs.get("scale") or query.shape[-1] ** -0.5}
-    mean = (query * call.op(torch.zeros_like(query), key, key, *rest, **options)).sum(-1, True)
-    wide = torch.cat([key, torch.zeros_like(key[..., :1])], -1)
-
-    def attention(scaled: Tensor, wide: Tensor) -> Tensor:
-        found: Tensor = call.op(torch.cat([scaled, mean], -1), wide, value, *rest, **options)
+    def attention(scaled: Tensor, key: Tensor) -> Tensor:
+        found: Tensor = call.op(scaled, key, *others, **call.kwargs)
         return found
 
-    of_query, of_key = torch.zeros_like(query), torch.zeros_like(wide)
+    of_query, of_key = torch.zeros_like(query), torch.zeros_like(key)
     for place, weight in gauss_legendre(points):
-        of_scaled, of_wide = torch.func.vjp(attention, place * query, wide)[1](c)
+        of_scaled, of_other = torch.func.vjp(attention, place * query, key)[1](c)
         of_query = of_query + weight * of_scaled
-        of_key = of_key + torch.cat(
-            [of_wide[..., :-1] * (weight / place), weight * of_wide[..., -1:]], -1
-        )
-    square = key.square().sum(-1, keepdim=True)
-    nothing = square == 0
-    shift = torch.where(nothing, 0, of_key[..., -1:] / torch.where(nothing, 1, square))
-    return of_query, of_key[..., :-1] - key * shift
+        of_key = of_key + (weight / place) * of_other
+    return of_query, of_key
 
 
 def gauss_legendre(points: int) -> list[tuple[float, float]]:

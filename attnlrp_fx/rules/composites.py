@@ -172,7 +172,7 @@ BEST = Composite(
         *ATTNLRP.entries,
     ),
 )
-"""AttnLRP with softmax integrated from equal scores, and a quarter to the attention weights.
+"""AttnLRP with softmax integrated from scores of zero, and a quarter to the attention weights.
 
 Our own, chosen by `benchmarks/faithfulness.py --search`. A softmax outside of attention, or in
 attention whose weights are read too, keeps AttnLRP's rule.

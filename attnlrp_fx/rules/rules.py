@@ -158,7 +158,7 @@ class Attention(Rule):
     weights: float = 0.5
     """The share of the attention weights (query and key); 0 holds them constant (CP-LRP)."""
     points: int = 0
-    """Points on the way from equal scores to the scores, over which the derivative of softmax is
+    """Points on the way from scores of zero to the scores, over which the derivative of softmax is
     integrated: then one that is saturated hides nothing. 0: the derivative at the scores."""
 
     def parameters(self) -> dict[str, Any]:
