@@ -320,7 +320,7 @@ def search(tasks: list[str], samples: int, names: Collection[str], console: Cons
 
     Args:
         tasks: names of tasks; a candidate that was measured on as many samples is not measured
-            again.
+            again, and one on another number is, for the samples may be others.
         samples: how many.
         names: which candidates; all if empty. AttnLRP is always among them.
         console: where the table goes, beside `results/search.md` and `.json`.
@@ -336,7 +336,7 @@ def search(tasks: list[str], samples: int, names: Collection[str], console: Cons
     }
     for name in tasks:
         found = state.setdefault(name, {})
-        todo = [n for n in chosen if len(found.get(n, [])) < samples]
+        todo = [n for n in chosen if len(found.get(n, [])) != samples]
         prepared = TASKS[name].prepare(samples, 1) if todo else None
         for candidate in todo:
             assert prepared is not None
@@ -359,9 +359,10 @@ def searched(state: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     for task, found in state.items():
         lines = [f"{task}", "", "| rules | ΔA^F | ahead of attnlrp, paired | samples |"]
         lines.append("|---" * 4 + "|")
-        for name in sorted(found, key=lambda name: -interval(found[name]).mean):
-            mean, count = interval(found[name]), min(len(found[name]), len(found["attnlrp"]))
-            gap = paired_difference(found[name][:count], found["attnlrp"][:count])
+        same = [name for name in found if len(found[name]) == len(found["attnlrp"])]
+        for name in sorted(same, key=lambda name: -interval(found[name]).mean):
+            mean = interval(found[name])
+            gap = paired_difference(found[name], found["attnlrp"])
             ahead = f"{gap.mean:.2f} ({gap.low:.2f} to {gap.high:.2f})"
             cells = (name, f"{mean.mean:.2f} ± {mean.reach:.2f}", ahead, str(len(found[name])))
             lines.append(f"| {' | '.join(cells)} |")
