@@ -255,8 +255,8 @@ COMPOSITES: Mapping[str, Composite] = {
     for c in (
         ATTNLRP,
         CP_LRP,
-        BEST,
         GRADIENT,
+        BEST,
         ATTNLRP_VISION,
         EPSILON_PLUS,
         EPSILON_PLUS_FLAT,
