@@ -78,7 +78,7 @@ def compile(
         model: a module in evaluation mode, a `fx.GraphModule`, or an `ExportedProgram`.
         inputs: example inputs by name (a tokenizer's output works), or a tensor or tuple for
             positional arguments. Sizes do not matter. An exported program brings its own.
-        composite: "attnlrp", "cp-lrp", "gradient" (Gradient×Input), or a `Composite`.
+        composite: "attnlrp", "best", "cp-lrp", "gradient" (Gradient×Input), or a `Composite`.
         target: the default target of calls: `Logit`, `Contrast`, `LogProb`, an index, or a
             function of the outputs; None: the highest logit, at the last token that is no padding.
         backend: "inductor", "eager", or a callable as for torch.compile.

@@ -145,8 +145,11 @@ def norm(op: Op, *args: Any, **kwargs: Any) -> Any:
     return op(*args, **kwargs)
 
 
-def attention(op: Op, *args: Any, weights: float = 0.5, **kwargs: Any) -> Any:
-    """Attention: `weights` of the relevance to query and key in equal parts, the rest to value."""
+def attention(op: Op, *args: Any, weights: float = 0.5, points: int = 0, **kwargs: Any) -> Any:
+    """Attention: `weights` of the relevance to query and key in equal parts, the rest to value.
+
+    `points`: softmax is integrated from scores of zero, with so many points on the way.
+    """
     return op(*args, **kwargs)
 
 
@@ -247,7 +250,7 @@ LATENT: tuple[Op, ...] = (latent, intervened, rejoined)
 
 RULE_PARAMETERS: dict[Op, tuple[str, ...]] = {
     linear: ("epsilon",),
-    attention: ("weights",),
+    attention: ("weights", "points"),
     gamma: ("gamma", "epsilon", "nonnegative", "rectified"),
     alpha_beta: ("positive", "negative", "epsilon", "nonnegative"),
     flat: ("epsilon",),

@@ -48,7 +48,7 @@ Rules = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="attnlrp, cp-lrp, gradient, ...; [bold]attnlrp-fx composites[/bold] lists them. "
+        help="attnlrp, best, cp-lrp, ...; [bold]attnlrp-fx composites[/bold] lists them. "
         "[dim]\\[default: attnlrp, of images attnlrp-vision][/dim]",
         rich_help_panel="Method",
     ),

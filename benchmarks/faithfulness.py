@@ -18,7 +18,7 @@ measured. Tables go to `results/faithfulness.md`, numbers to `.json`, curves to 
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,12 +32,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.utils import logging as transformers_logging
 
 from attnlrp_fx import COMPOSITES, Attention, Composite, Gamma, InputError, Match
-from attnlrp_fx.evaluate import METHODS, Measured, Method, Scores, measure, measured
+from attnlrp_fx.evaluate import (
+    METHODS,
+    Measured,
+    Method,
+    Scores,
+    interval,
+    measure,
+    paired_difference,
+)
 from attnlrp_fx.evaluate.measuring import ABSOLUTE, AREA
 from attnlrp_fx.evaluate.methods import KernelShap, Occlusion, Relevance
 from attnlrp_fx.files import write_atomically
 from attnlrp_fx.graph.operators import Kind
-from attnlrp_fx.rules.rules import Constant
+from attnlrp_fx.rules.roles import Role
+from attnlrp_fx.rules.rules import Constant, Epsilon, Gradient, Join, Rule, ZPlus
 
 RESULTS = Path(__file__).parent / "results"
 EXPENSIVE = ("ig", "smoothgrad", "kernel-shap", "occlusion", "atman")
@@ -267,33 +276,98 @@ def _differences(scores: Scores, task: str) -> dict[str, list[float]]:
 
 
 def candidates() -> dict[str, Composite]:
-    """Rules that the literature offers, one change each to AttnLRP's."""
-    base = COMPOSITES["attnlrp"]
-    found = {"attnlrp": base, "cp-lrp": COMPOSITES["cp-lrp"]}
-    for weights in (0.0, 0.1, 0.25, 0.75):
-        rule = (Match(kind=Kind.ATTENTION), Attention(weights=weights))
-        found[f"attention weights {weights:g}"] = base.with_rules(rule)
-    gates = ((Match(role="gate"), Constant()),)
-    found["gates constant"] = base.with_rules(*gates)
-    half = (Match(kind=Kind.ATTENTION), Attention(weights=0.25))
-    found["attention weights 0.25, gates constant"] = base.with_rules(half, *gates)
-    for gamma in (0.01, 0.05):
-        rule = (Match(role="dense"), Gamma(gamma))
-        found[f"γ {gamma:g} in dense layers"] = base.with_rules(rule)
-    return found
+    """One or two changes each to AttnLRP's rules, or CP-LRP's."""
+    base, held = COMPOSITES["attnlrp"], COMPOSITES["cp-lrp"]
+    gate = (Match(role=Role.GATE), Constant())
+    join = (Match(role=Role.JOIN), Join("magnitude"))
+
+    def attention(weights: float, points: int = 0) -> tuple[Match, Rule]:
+        return Match(kind=Kind.ATTENTION), Attention(weights, points)
+
+    def dense(rule: Rule) -> tuple[Match, Rule]:
+        return Match(role=Role.DENSE), rule
+
+    def gradient(kind: Kind) -> tuple[Match, Rule]:
+        return Match(kind=kind), Gradient()
+
+    changes: dict[str, tuple[Composite, tuple[tuple[Match, Rule], ...]]] = {
+        "attention weights 0": (base, (attention(0.0),)),
+        "attention weights 0.25": (base, (attention(0.25),)),
+        "gates constant": (base, (gate,)),
+        "joins by magnitude": (base, (join,)),
+        "γ 0.1 in dense layers": (base, (dense(Gamma(0.1)),)),
+        "gradient of activations": (base, (gradient(Kind.ACTIVATION),)),
+        "gradient of attention": (base, (gradient(Kind.ATTENTION),)),
+        "gradient of attention and products": (
+            base,
+            (gradient(Kind.ATTENTION), gradient(Kind.PRODUCT)),
+        ),
+        "cp-lrp, joins by magnitude": (held, (join,)),
+        "cp-lrp, γ 0.1 in dense layers": (held, (dense(Gamma(0.1)),)),
+        "cp-lrp, ε 0.1 in dense layers": (held, (dense(Epsilon(0.1)),)),
+        "cp-lrp, z⁺ in dense layers": (held, (dense(ZPlus()),)),
+        "integrated, attention weights 0.5": (base, (attention(0.5, 8),)),
+        "integrated, attention weights 0.75": (base, (attention(0.75, 8),)),
+        "integrated, attention weights 0.5, gates constant": (base, (attention(0.5, 8), gate)),
+        "integrated, attention weights 0.25, gates constant": (base, (attention(0.25, 8), gate)),
+    }
+    changed = {name: start.with_rules(*entries) for name, (start, entries) in changes.items()}
+    return {"attnlrp": base, "cp-lrp": held, "best": COMPOSITES["best"], **changed}
 
 
-def search(tasks: list[str], samples: int, console: Console) -> None:
-    """ΔA^F of candidate rules on samples that the table does not use."""
+def search(tasks: list[str], samples: int, names: Collection[str], console: Console) -> None:
+    """ΔA^F of candidate rules on samples that the table does not use.
+
+    Args:
+        tasks: names of tasks; a candidate that was measured on as many samples is not measured
+            again, and one on another number is, for the samples may be others.
+        samples: how many.
+        names: which candidates; all if empty. AttnLRP is always among them.
+        console: where the table goes, beside `results/search.md` and `.json`.
+    """
+    kept = cache_directory() / "search.json"
+    state: dict[str, dict[str, list[float]]] = (
+        json.loads(kept.read_text()) if kept.is_file() else {}
+    )
+    chosen = {
+        name: candidate
+        for name, candidate in candidates().items()
+        if not names or name in {"attnlrp", *names}
+    }
     for name in tasks:
-        task = TASKS[name]
-        prepared = task.prepare(samples, 1)
-        wanted: dict[str, Method] = {n: Relevance(c) for n, c in candidates().items()}
-        wanted["contrast"] = METHODS["attnlrp-contrast"]
-        batches = [batch for batch, _ in prepared.questions]
-        scores = measured(prepared.subject, batches, wanted, prepared.perturbation)
-        console.print(f"[bold]{name}[/bold], {samples} other samples")
-        console.print(scores)
+        found = state.setdefault(name, {})
+        todo = [n for n in chosen if len(found.get(n, [])) != samples]
+        prepared = TASKS[name].prepare(samples, 1) if todo else None
+        for candidate in todo:
+            assert prepared is not None
+            method = Relevance(chosen[candidate])
+            one = measure(prepared.subject, prepared.questions, method, prepared.perturbation)
+            found[candidate] = [round(value, 5) for value in one.figures[AREA]]
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, json.dumps(state))
+    text = searched(state)
+    write_atomically(RESULTS / "search.md", text)
+    write_atomically(
+        RESULTS / "search.json", json.dumps(state, indent=1, ensure_ascii=False) + "\n"
+    )
+    console.print(text)
+
+
+def searched(state: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Markdown: ΔA^F of each candidate, and how far it is ahead of AttnLRP on the same samples."""
+    parts = []
+    for task, found in state.items():
+        lines = [f"{task}", "", "| rules | ΔA^F | ahead of attnlrp, paired | samples |"]
+        lines.append("|---" * 4 + "|")
+        same = [name for name in found if len(found[name]) == len(found["attnlrp"])]
+        for name in sorted(same, key=lambda name: -interval(found[name]).mean):
+            mean = interval(found[name])
+            gap = paired_difference(found[name], found["attnlrp"])
+            ahead = f"{gap.mean:.2f} ({gap.low:.2f} to {gap.high:.2f})"
+            cells = (name, f"{mean.mean:.2f} ± {mean.reach:.2f}", ahead, str(len(found[name])))
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
 
 
 def main(
@@ -309,7 +383,7 @@ def main(
     console = Console(width=130, highlight=False)
     chosen = [TASKS[name] for name in tasks or TASKS]
     if searching:
-        search([task.name for task in chosen], samples, console)
+        search([task.name for task in chosen], samples, methods or (), console)
         return
     if restart:
         state_file().unlink(missing_ok=True)

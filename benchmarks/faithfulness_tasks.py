@@ -214,7 +214,7 @@ def _known(name: str) -> Callable[[int, int], Prepared]:
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        Task("lm", language_model, 24, 4, 12.0),
+        Task("lm", language_model, 60, 4, 16.0),
         Task("sentiment", sentiment, 100, 100, 2.0, probabilities=True, absolute=True),
         Task("reactions", reactions, 24, 8, 4.0),
         Task("recall", _known("recall"), 100, 50, 0.7, absolute=True),

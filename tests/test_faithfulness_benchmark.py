@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from attnlrp_fx.evaluate import Batch, Perturbation, Subject
@@ -89,3 +90,23 @@ def test_evidence_decides(monkeypatch: pytest.MonkeyPatch):
         marker, chosen = needle.inputs["input_ids"][row, needle.evidence[row]].tolist()
         assert (needle.inputs["input_ids"][row] == marker).sum() == 1
         assert chosen - 3 == needle.answers[row]
+
+
+def test_search(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Candidates on the other split, AttnLRP among them; what is known is not measured again."""
+    quiet = Console(quiet=True)
+    benchmark.search(["small"], 12, ["gates constant"], quiet)
+    lines = (tmp_path / "search.md").read_text().splitlines()
+    assert lines[2] == "| rules | ΔA^F | ahead of attnlrp, paired | samples |"
+    assert {line.split(" | ")[0] for line in lines[4:]} == {"| attnlrp", "| gates constant"}
+    assert all("0.00 (0.00 to 0.00) | 12 |" in line for line in lines[4:])  # there is no gate
+
+    def never(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(benchmark, "measure", never)
+    benchmark.search(["small"], 12, ["gates constant"], quiet)
+    with pytest.raises(AssertionError, match="measured again"):
+        benchmark.search(["small"], 13, ["gates constant"], quiet)
+    numbers = json.loads((tmp_path / "search.json").read_text())
+    assert numbers["small"]["attnlrp"] == numbers["small"]["gates constant"]

@@ -9,6 +9,7 @@ Law 1 is held to float64 on all models: those that cast to float32 run with thes
 Law 2 compares with the model as it is, so a model that casts is held to float32's precision.
 """
 
+import itertools
 from typing import Any
 from unittest import mock
 
@@ -96,8 +97,13 @@ def test_law_2_gradient_composite_is_gradient_times_input(case: Case, explain: E
         torch.testing.assert_close(explanation.target_value, value, rtol=case.tolerance, atol=0)
 
 
-@pytest.mark.parametrize("composite", ["attnlrp", "cp-lrp"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+BY_COMPOSITE = [
+    *itertools.product(CASES, ["attnlrp", "cp-lrp"]),
+    (BY_NAME["llama"], "best"),
+]
+
+
+@pytest.mark.parametrize(("case", "composite"), BY_COMPOSITE, ids=str)
 def test_law_1_the_ledger_closes(case: Case, composite: str, explain: Explain) -> None:
     explanation = explain(case, composite)(**case.example(2, 7, F64))
     ledger = explanation.ledger

@@ -10,6 +10,7 @@ those of Achtibat et al. 2024 (arXiv 2402.05602).
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -156,6 +157,10 @@ def _attention(call: Call) -> tuple[Any, Pullback]:
     shares = attention_shares(call.positions, call.parameters.get("weights", 0.5))
     if not any(shares):
         return call.function(*call.primals), lambda c: [None] * len(shares)
+    points = call.parameters.get("points", 0)
+    of_scores = [p in (0, 1) and bool(s) for p, s in zip(call.positions, shares, strict=True)]
+    if points and any(of_scores):
+        return _integrated_attention(call, shares, points)
     output, pull = torch.func.vjp(_with_constants(call, shares), *_explained(call, shares))[:2]
 
     def pullback(c: Tensor) -> list[Tensor | None]:
@@ -163,6 +168,48 @@ def _attention(call: Call) -> tuple[Any, Pullback]:
         return [next(pulled) * share if share else None for share in shares]
 
     return output, pullback
+
+
+def _integrated_attention(call: Call, shares: Sequence[float], points: int) -> tuple[Any, Pullback]:
+    """The same with softmax integrated from scores of zero: ∫ c_ij(αx) dα in the place of c_ij(x).
+
+    With Gauss-Legendre points on the way. Of the score x_ij query and key get x_ij ∫ c_ij each (by
+    their share), which add up to Σ_j g_ij (s_ij − u_ij), u attention where all scores are zero.
+    """
+    others = [0.0 if p in (0, 1) else s for p, s in zip(call.positions, shares, strict=True)]
+    output, pull = torch.func.vjp(_with_constants(call, others), *_explained(call, others))[:2]
+
+    def pullback(c: Tensor) -> list[Tensor | None]:
+        pulled = iter(pull(c) if any(others) else ())
+        of_scores = dict(enumerate(_of_scores(call, c, points)))
+        return [
+            (of_scores[p] if p in (0, 1) else next(pulled)) * share if share else None
+            for p, share in zip(call.positions, shares, strict=True)
+        ]
+
+    return output, pullback
+
+
+def _of_scores(call: Call, c: Tensor, points: int) -> tuple[Tensor, Tensor]:
+    """Coefficients of query and key, softmax integrated from scores of zero."""
+    query, key, *others = call.args
+
+    def attention(scaled: Tensor, key: Tensor) -> Tensor:
+        found: Tensor = call.op(scaled, key, *others, **call.kwargs)
+        return found
+
+    of_query, of_key = torch.zeros_like(query), torch.zeros_like(key)
+    for place, weight in gauss_legendre(points):
+        of_scaled, of_other = torch.func.vjp(attention, place * query, key)[1](c)
+        of_query = of_query + weight * of_scaled
+        of_key = of_key + (weight / place) * of_other
+    return of_query, of_key
+
+
+def gauss_legendre(points: int) -> list[tuple[float, float]]:
+    """Places in [0, 1] and their weights."""
+    places, weights = np.polynomial.legendre.leggauss(points)
+    return [(float(1 + x) / 2, float(w) / 2) for x, w in zip(places, weights, strict=True)]
 
 
 def attention_shares(positions: Sequence[int | str], weights: float) -> list[float]:

@@ -343,6 +343,7 @@ METHODS: Mapping[str, Method] = {
     "occlusion": Occlusion(),
     "cp-lrp": Relevance("cp-lrp"),
     "attnlrp": Relevance("attnlrp"),
+    "best": Relevance("best"),
     "attnlrp-vision": Relevance("attnlrp-vision"),
     "attnlrp-contrast": Relevance("attnlrp", contrast=True),
 }

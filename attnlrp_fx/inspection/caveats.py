@@ -114,7 +114,8 @@ def of_softmax(tape: Tape) -> list[Caveat]:
             f"{share:.0%} of the softmax rows in {module_path(node) or node.name} are saturated: "
             f"one weight is above {ONE_HOT}",
             "its derivative is nearly 0 there, so that queries and keys get next to nothing: "
-            "compare with composite='cp-lrp', which holds the weights constant",
+            "use composite='best', which integrates it from zero, or compare with "
+            "composite='cp-lrp', which holds the weights constant",
         )
     ]
 

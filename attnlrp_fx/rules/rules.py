@@ -157,10 +157,18 @@ class Attention(Rule):
 
     weights: float = 0.5
     """The share of the attention weights (query and key); 0 holds them constant (CP-LRP)."""
+    points: int = 0
+    """Points on the way from scores of zero to the scores, over which the derivative of softmax is
+    integrated: then one that is saturated hides nothing. 0: the derivative at the scores."""
+
+    def parameters(self) -> dict[str, Any]:
+        return {"weights": self.weights} | ({"points": self.points} if self.points else {})
 
     def __post_init__(self) -> None:
         if not 0 <= self.weights <= 1:
             raise ValueError(f"Attention: weights must lie in [0, 1], got {self.weights}")
+        if self.points < 0:
+            raise ValueError(f"Attention: points must be 0 or more, got {self.points}")
 
 
 @dataclass(frozen=True)

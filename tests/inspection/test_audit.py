@@ -159,6 +159,7 @@ def test_a_saturated_softmax(is_fused: bool) -> None:
         if is_saturated:
             assert found["saturated softmax"].figure > 0.7
             assert "cp-lrp" in found["saturated softmax"].remedy
+            assert "best" in found["saturated softmax"].remedy
 
 
 def test_digits_lost_to_low_precision() -> None:

@@ -152,6 +152,7 @@ def test_print() -> None:
     """A composite prints as the list that it is."""
     assert str(COMPOSITES["attnlrp"]) == ATTNLRP
     assert str(COMPOSITES["cp-lrp"]) == CP_LRP
+    assert str(COMPOSITES["best"]) == BEST
     assert str(COMPOSITES["gradient"]) == "composite gradient\n  any  Gradient()"
     assert str(COMPOSITES["attnlrp-vision"]) == ATTNLRP_VISION
     assert str(COMPOSITES["epsilon-plus-flat"]) == EPSILON_PLUS_FLAT
@@ -193,6 +194,11 @@ composite cp-lrp
   kind=quotient     Taylor()"""
 
 
+BEST = """\
+composite best
+  kind=attention    Attention(weights=0.25, points=8)
+""" + ATTNLRP.removeprefix("composite attnlrp\n")
+
 ATTNLRP_VISION = """\
 composite attnlrp-vision
   role=convolution  Gamma(gamma=0.25)
@@ -213,7 +219,7 @@ composite epsilon-plus-flat
 def test_looks_at_weights() -> None:
     """Only rules that tell a layer from a layer and its normalisation make a difference."""
     plain = {name for name, composite in COMPOSITES.items() if not composite.looks_at_weights}
-    assert plain == {"attnlrp", "cp-lrp", "gradient"}
+    assert plain == {"attnlrp", "cp-lrp", "best", "gradient"}
     for rule in (Gamma(), ZPlus(), Flat(), Epsilon(1e-6)):
         assert COMPOSITES["attnlrp"].with_rules((Match(kind="linear"), rule)).looks_at_weights
     for rule in (Epsilon(), Join(), Pass()):

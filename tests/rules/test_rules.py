@@ -547,6 +547,58 @@ def test_attention_weights_share() -> None:
         assert_close(fifth.relevance[name], half.relevance[name] * share)
     with pytest.raises(ValueError, match="weights"):
         Attention(weights=1.5)
+    with pytest.raises(ValueError, match="points"):
+        Attention(points=-1)
+
+
+def _integrated(points: int = 24) -> Composite:
+    rule = (Match(kind="attention"), Attention(points=points))
+    return COMPOSITES["attnlrp"].with_rules(rule)
+
+
+def test_integrated_attention() -> None:
+    """Against the integral of softmax's derivative by hand, with −∞ and numbers in the mask."""
+    inputs = {**_qkv(), "mask": randn(4, 5)}
+    inputs["mask"][torch.tensor([0, 1, 3]), torch.tensor([1, 4, 2])] = -torch.inf
+    names = ("q", "k", "v")
+    result = explain(graph("attention", _integrated(), names), inputs)
+    of(result)
+    for at in itertools.product(range(2), range(3)):
+        operands = [inputs[name][at] for name in names]
+        expected = ref.integrated_attention(*operands, result.seeded[at], 0.7, inputs["mask"])
+        for name, wanted in zip(names, expected, strict=True):
+            assert_close(result.relevance[name][at], wanted, rtol=1e-8, atol=1e-8)
+
+
+def test_integrated_attention_adds_up() -> None:
+    """Query and key each: a quarter of what attention gives more than with scores of zero."""
+    inputs = {**_qkv(), "mask": torch.zeros(4, 5, dtype=DOUBLE)}
+    coefficient = randn(2, 3, 4, 6)
+    result = explain(graph("attention", _integrated(), ("q", "k", "v")), inputs, coefficient)
+    more = result.outputs[0] - inputs["v"].mean(-2, keepdim=True)
+    for name in ("q", "k"):
+        found = result.relevance[name].sum((-2, -1))
+        assert_close(found, (more * coefficient).sum((-2, -1)) / 4, rtol=1e-8, atol=1e-8)
+
+
+def test_integrated_attention_where_softmax_is_saturated() -> None:
+    """The key that is read gets relevance where softmax's derivative is zero."""
+    inputs = {name: value[:1, :1] for name, value in _qkv().items()}
+    inputs = {**inputs, "q": inputs["q"][..., :1, :] * 30, "mask": torch.zeros(1, 5, dtype=DOUBLE)}
+    inputs["v"] = torch.zeros_like(inputs["v"])
+    read = int((inputs["q"] @ inputs["k"].mT)[0, 0, 0].argmax())
+    inputs["v"][..., read, :] = 1.0
+    coefficient = torch.full((1, 1, 1, 6), 1 / 6, dtype=DOUBLE)
+    found = {
+        points: explain(
+            graph("attention", _integrated(points), ("q", "k", "v")), inputs, coefficient
+        )
+        .relevance["k"][0, 0, read]
+        .sum()
+        for points in (0, 24)
+    }
+    assert abs(found[0]) < 1e-3
+    assert found[24] > 0.1
 
 
 @pytest.mark.parametrize(
