@@ -2,6 +2,8 @@
 
     lm              SmolLM2-135M, the next word of English text (editorials of VADER's collection)
     sentiment       the embedded classifier, held-out movie-review sentences
+    movies          MiniLM, fine-tuned on movie-review sentences (`fine_tune.py`), held-out ones
+    mails           the same on mails, ham and spam; the first 48 tokens of held-out ones
     reactions       the 50-class classifier of rxnfp, reactions drawn from ten named templates
     digits-vit      the embedded vision transformer, held-out digits in clutter; evidence: the digit
     digits-resnet   the same for the embedded convolutional network
@@ -20,6 +22,7 @@ from typing import Any
 
 import digits
 import evidence
+import fine_tune
 import models
 import torch
 from torch import Tensor
@@ -108,6 +111,25 @@ def sentiment(samples: int, split: int) -> Prepared:
     return _classifier(model, tokenizer, found, 25)
 
 
+def _fine_tuned(name: str) -> Callable[[int, int], Prepared]:
+    def prepare(samples: int, split: int) -> Prepared:
+        directory, task = fine_tune.trained(name), fine_tune.TASKS[name]
+        model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer.model_max_length = task.length
+        found = []
+        for text, label in task.texts("held_out")[split * 400 :]:
+            inputs = tokenizer(text, return_tensors="pt", truncation=True)
+            with torch.no_grad():
+                if int(model(**inputs).logits.argmax()) == label:
+                    found.append(text)
+            if len(found) == samples:
+                break
+        return _classifier(model, tokenizer, found, 20)
+
+    return prepare
+
+
 def reactions(samples: int, split: int) -> Prepared:
     """Reactions drawn from templates, and the class that the model finds."""
     directory = models.reactions()
@@ -118,8 +140,9 @@ def reactions(samples: int, split: int) -> Prepared:
 
 def _classifier(model: Any, tokenizer: Any, texts: list[str], size: int) -> Prepared:
     texts = sorted(texts, key=len)
+    options = {"return_tensors": "pt", "padding": True, "truncation": True}
     batches = [
-        Batch(attnlrp_fx.compiler.tokenize(tokenizer, texts[start : start + size]))
+        Batch(dict(tokenizer(texts[start : start + size], **options)))
         for start in range(0, len(texts), size)
     ]
     inputs = {n: v for n, v in batches[0].inputs.items() if n != "token_type_ids"}
@@ -216,6 +239,8 @@ TASKS: Mapping[str, Task] = {
     for task in (
         Task("lm", language_model, 60, 4, 16.0),
         Task("sentiment", sentiment, 100, 100, 2.0, probabilities=True, absolute=True),
+        Task("movies", _fine_tuned("movies"), 60, 20, 3.0),
+        Task("mails", _fine_tuned("mails"), 60, 20, 5.0),
         Task("reactions", reactions, 24, 8, 4.0),
         Task("recall", _known("recall"), 100, 50, 0.7, absolute=True),
         Task("experts", _known("experts"), 100, 50, 1.0, absolute=True),

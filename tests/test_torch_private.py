@@ -93,9 +93,14 @@ def test_unlike_symbols() -> None:
 
 
 def test_nothing_remembered() -> None:
-    """A captured graph's mode looks nothing up; torch's own modes do, before and after."""
-    assert not torch_private.fake_mode_of(_captured(SAME)).cache_enabled
-    assert not torch_private.new_fake_mode().cache_enabled
+    """By one mode, or by those that are made meanwhile; afterwards all is as before."""
+    mode = FakeTensorMode()
+    with torch_private.nothing_remembered(mode):
+        assert not mode.cache_enabled
+        assert FakeTensorMode().cache_enabled
+    with torch_private.nothing_remembered():
+        assert mode.cache_enabled
+        assert not FakeTensorMode().cache_enabled
     assert FakeTensorMode().cache_enabled
 
 

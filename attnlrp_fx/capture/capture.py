@@ -32,6 +32,10 @@ from attnlrp_fx.errors import CaptureError, InputError
 from attnlrp_fx.graph.operators import outputs_of
 from attnlrp_fx.torch_private import nothing_remembered, own_backwards, unlike_symbols
 
+MANY = 200
+"""Modules from which on a model repeats itself so often that remembering what ops make of sizes
+pays: of llamas, capturing 2 layers takes 16 % less without, 8 layers 7 %, 32 layers 13 % more."""
+
 TOKENS = ("input_ids", "inputs")
 """How the names of inputs end that hold tokens: never held at the example's values."""
 
@@ -104,7 +108,8 @@ def capture(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(unlike_symbols())
-        stack.enter_context(nothing_remembered())
+        if sum(1 for _ in model.modules()) < MANY:
+            stack.enter_context(nothing_remembered())
         own = stack.enter_context(own_backwards())
         exported, example, held, given_up = _export_known(model, named, dynamic_shapes)
         notes += given_up

@@ -32,7 +32,7 @@ from attnlrp_fx.codegen.regions import computed
 from attnlrp_fx.errors import AttnLRPError, RuleError
 from attnlrp_fx.graph.operators import aten, is_op, outputs_of, placeholders_of
 from attnlrp_fx.graph.provenance import describe
-from attnlrp_fx.torch_private import fake_mode_of, fresh
+from attnlrp_fx.torch_private import fake_mode_of, fresh, nothing_remembered
 
 
 class Port(NamedTuple):
@@ -177,6 +177,7 @@ def emit(
         return [*map(_contiguous, handed), *postings]
 
     with ExitStack() as stack:
+        stack.enter_context(nothing_remembered(mode))  # half the time
         stack.enter_context(mode)
         stack.enter_context(torch.no_grad())
         table = stack.enter_context(exact_derivatives()) if options.differentiable else {}

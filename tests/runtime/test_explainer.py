@@ -222,7 +222,7 @@ def test_dtypes(name: str, dtype: torch.dtype, explain: Explain) -> None:
     assert explain(case)(**inputs).relevance["input_ids"].dtype == F64
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "opt", "t5"])
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_sdpa_and_eager_attention_agree(name: str) -> None:
     case = BY_NAME[name]
     inputs = padded(case, [7, 4], "right")
@@ -246,7 +246,7 @@ def on(inputs: Inputs, device: str) -> Inputs:
     return {name: value.to(device) for name, value in inputs.items()}
 
 
-@pytest.mark.parametrize("name", ["qwen3", "opt", "distilbert", "bart", "mlp"])
+@pytest.mark.parametrize("name", ["qwen3", "bart", "mlp"])
 def test_a_meta_model_compiles_and_runs(name: str) -> None:
     case = BY_NAME[name]
     model = case.model().to("meta")
@@ -271,7 +271,7 @@ def devices_in(graph: torch.fx.Graph) -> set[str]:
     return named | {str(value.device) for value in values if isinstance(value, Tensor)}
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "modernbert", "t5", "mlp"])
+@pytest.mark.parametrize("name", ["gemma3", "bert", "mlp"])
 def test_no_device_survives_a_move(name: str) -> None:
     """Compiled on the CPU, moved: the program names no other device, and computes on none."""
     case = BY_NAME[name]

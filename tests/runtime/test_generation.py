@@ -267,8 +267,7 @@ def test_a_text_longer_than_the_models_positions(explain: Explain) -> None:
 # In one line
 
 
-@pytest.mark.parametrize("chunk", [2, 16])
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize(("name", "chunk"), [("llama", 2), ("t5", 16)])
 def test_a_model_writes_and_is_explained(name: str, chunk: int) -> None:
     model = BY_NAME[name].model(F64)
     prompt = tokens(1, 5)
