@@ -148,7 +148,8 @@ class SymbolicSizes:
         self, typical: Mapping[Any, tuple[int, int, int | None]], assumptions: Sequence[Any]
     ) -> None:
         self.environment = ShapeEnv(duck_shape=False)
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self.environment)
+        with nothing_remembered():
+            self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self.environment)
         self._typical = {s: sympy.Integer(example) for s, (example, _, _) in typical.items()}
         self._made: dict[Any, int | torch.SymInt] = {}
         constrain = self.environment.constrain_symbol_range

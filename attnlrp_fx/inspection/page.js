@@ -317,7 +317,8 @@ function el(name, attributes = {}, ...children) {
   made.append(...children.filter(c => c !== "" && c !== null));
   return made;
 }
-const percent = v => `${(100 * v / (data.ledger.target || 1)).toFixed(1)} %`;
+const share = v => `${Math.abs(v) < 5e-4 && v ? (100 * v).toPrecision(2) : (100 * v).toFixed(1)} %`;
+const percent = v => share(v / (data.ledger.target || 1));
 const go = (i, words) => el("button", {class: "go", on: () => reveal(i)}, words);
 function rows(pairs) {
   return el("dl", {}, ...pairs.filter(p => p[1]).flatMap(([k, v]) => [el("dt", {}, k), el("dd", {}, v)]));
@@ -341,7 +342,7 @@ function overview() {
     el("ul", {}, ...data.ledger.sentences.map(s => el("li", {}, s))),
     el("h3", {}, "paths that carry most"));
   found.push(el("ol", {}, ...data.paths.map(p => el("li", {}, el("button", {class: "go", on: () => light(p)},
-    `${(100 * p.share).toFixed(1)} %, ${p.nodes.length} nodes`), ` by ${waypoints(p)}`))));
+    `${share(p.share)}, ${p.nodes.length} nodes`), ` by ${waypoints(p)}`))));
   if (onPath.size) found.push(el("button", {class: "go", on: () => { onPath = new Set(); arrange(); panel(-1); }}, "no path"));
   return found;
 }
