@@ -5,11 +5,13 @@
     python benchmarks/compile_time.py --layers 2 --no-smollm2
 
 Every measurement is a fresh process. "Cold" begins with an empty cache of Inductor's, "warm" with
-the one that the cold process has left. The llamas have hidden size 512 and random weights; SmolLM2
-has its real ones. Seconds of each stage are by the clock of that process: imports, building the
-model or loading its weights, capture, rewriting (with the one forward pass that finds the default
-target), tracing the programs, compiling them, and the first explanation, of 64 tokens. "All" is
-from the process's start to the first explanation, "ready" leaves out imports and the model.
+the one that the cold process has left; "file" loads what the cold process saved (`explainer.save`),
+with that cache, and has neither a model to make nor anything to capture. The llamas have hidden
+size 512 and random weights; SmolLM2 has its real ones. Seconds of each stage are by the clock of
+that process: imports, building the model or loading its weights, capture, rewriting (with the one
+forward pass that finds the default target), tracing the programs, compiling them, and the first
+explanation, of 64 tokens. "All" is from the process's start to the first explanation, "ready"
+leaves out imports and the model.
 With `--flat`, the same without regions, where all layers are one program.
 """
 
@@ -38,10 +40,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # 
 import attnlrp_fx  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "compile-time-cpu-float32.json"
-STAGES = ("imports", "model", "capture", "rewriting", "tracing", "backend", "explanation")
+STAGES = ("imports", "model", "capture", "rewriting", "tracing", "backend", "load", "explanation")
+FILE = "explainer.lrp.pt2"
 SMOLLM2 = "smollm2"
 TOKENS = 64
-console = Console()
+console = Console(width=120)
 
 
 def llama(layers: int) -> Any:
@@ -65,8 +68,21 @@ def text(vocabulary: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def measured_here(subject: str, regions: bool, begun: float) -> dict[str, float]:
-    """Seconds of each stage in this process, up to the first explanation."""
+def loaded_here(path: Path, begun: float) -> dict[str, float]:
+    """Seconds of each stage in this process where an explainer is loaded from a file."""
+    clock = [begun, time.time()]
+    explainer = attnlrp_fx.load(path)
+    clock.append(time.time())
+    explainer(text(1000, TOKENS))
+    clock.append(time.time())
+    spent = [after - before for before, after in pairwise(clock)]
+    return dict(zip(("imports", "load", "explanation"), spent, strict=True))
+
+
+def measured_here(
+    subject: str, regions: bool, begun: float, save: Path | None = None
+) -> dict[str, float]:
+    """Seconds of each stage in this process, up to the first explanation; then it is saved."""
     clock = [begun, time.time()]
     if subject == SMOLLM2:
         model = AutoModelForCausalLM.from_pretrained(models.smollm2(), dtype=torch.float32).eval()
@@ -84,12 +100,15 @@ def measured_here(subject: str, regions: bool, begun: float) -> dict[str, float]
     explainer(inputs)
     clock.append(time.time())
     spent = [after - before for before, after in pairwise(clock)]
-    return dict(zip(STAGES, spent, strict=True))
+    if save is not None:
+        explainer.save(save)
+    return dict(zip((stage for stage in STAGES if stage != "load"), spent, strict=True))
 
 
-def in_a_process(subject: str, regions: bool, cache: str) -> dict[str, float]:
+def in_a_process(subject: str, regions: bool, state: str, cache: str) -> dict[str, float]:
     """The same in a process of its own, with Inductor's cache in a folder."""
-    command = [sys.executable, __file__, "--measure", subject]
+    command = [sys.executable, __file__, "--measure", subject, "--state", state]
+    command += ["--file", str(Path(cache) / FILE)]
     command += ["--begun", str(time.time()), *(() if regions else ("--flat",))]
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
     environment["TORCHINDUCTOR_CACHE_DIR"] = cache
@@ -102,12 +121,12 @@ def in_a_process(subject: str, regions: bool, cache: str) -> dict[str, float]:
 
 
 def measure(subject: str, regions: bool) -> list[dict[str, Any]]:
-    """A row of the cold process, and one of the warm."""
+    """A row of each process: the cold one, the warm one, and the one that loads a file."""
     rows = []
     with tempfile.TemporaryDirectory() as cache:
-        for state in ("cold", "warm"):
+        for state in ("cold", "warm", "file"):
             console.print(f"{_title(subject)}, regions {regions}, {state}")
-            seconds = in_a_process(subject, regions, cache)
+            seconds = in_a_process(subject, regions, state, cache)
             rows.append({"model": subject, "regions": regions, "state": state, "seconds": seconds})
     return rows
 
@@ -131,13 +150,13 @@ def show(rows: list[dict[str, Any]]) -> None:
         seconds = row["seconds"]
         table.add_row(
             f"{_title(row['model'])}, {row['state']}{'' if row['regions'] else ', flat'}",
-            *(f"{seconds[stage]:.1f}" for stage in STAGES),
+            *(f"{seconds[stage]:.1f}" if stage in seconds else "" for stage in STAGES),
             f"{ready(row):.1f}",
             f"{sum(seconds.values()):.1f}",
         )
     console.print(table)
     for regions in (True, False):
-        for state in ("cold", "warm"):
+        for state in ("cold", "warm", "file"):
             llamas = [
                 row
                 for row in rows
@@ -158,10 +177,17 @@ def main(
     output: Annotated[Path, typer.Option(help="JSON file of the results")] = RESULTS,
     measured: Annotated[str | None, typer.Option("--measure", hidden=True)] = None,
     begun: Annotated[float, typer.Option(hidden=True)] = STARTED,
+    state: Annotated[str, typer.Option(hidden=True)] = "cold",
+    file: Annotated[Path, typer.Option(hidden=True)] = Path(FILE),
 ) -> None:
     """Time how long it takes until a model is explained for the first time."""
     if measured is not None:
-        print(json.dumps(measured_here(measured, not flat, begun)))
+        if state == "file":
+            found_here = loaded_here(file, begun)
+        else:
+            save = file if state == "cold" else None
+            found_here = measured_here(measured, not flat, begun, save)
+        print(json.dumps(found_here))
         return
     subjects = [str(depth) for depth in sorted(layers or (4, 8, 16, 32))]
     if smollm2:
