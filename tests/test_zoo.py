@@ -47,7 +47,8 @@ def test_slice(name: str) -> None:
     row = zoo.Row(arch.name, arch.kind, arch.class_name)
     for _ in zoo.examine(arch, row):
         pass
-    assert row.passed, {k: v for k, v in dataclasses.asdict(row).items() if v is not None}
+    found = {k: v for k, v in dataclasses.asdict(row).items() if v is not None}
+    assert row.passed, str(found)
     assert row.dynamic_batch or any("is fixed to dimension 0" in note for note in row.notes)
 
 

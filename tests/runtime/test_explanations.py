@@ -23,6 +23,7 @@ from attnlrp_fx import (
     NonFiniteError,
     TargetError,
 )
+from attnlrp_fx.runtime.running import Running
 
 F64 = torch.float64
 
@@ -126,10 +127,8 @@ def test_relevance_of_one_target_is_no_start_for_the_next(explain: Explain) -> N
 
 def test_there_is_one_forward_pass(explain: Explain) -> None:
     explainer, inputs = explain(BY_NAME["llama"]), BY_NAME["llama"].example(1, 5, F64)
-    forward = type(explainer)._run_forward
-    with mock.patch.object(
-        type(explainer), "_run_forward", autospec=True, side_effect=forward
-    ) as spy:
+    forward = Running._run_forward
+    with mock.patch.object(Running, "_run_forward", autospec=True, side_effect=forward) as spy:
         explainer(inputs, target=list(range(1, 9)))
     assert spy.call_count == 1
 
