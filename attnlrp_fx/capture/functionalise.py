@@ -48,9 +48,30 @@ def functional(exported: ExportedProgram) -> fx.GraphModule:
                     del table[op]
             graph_module = exported.run_decompositions(table).module(check_guards=False)
             assert isinstance(graph_module, fx.GraphModule)
+    fill_empty(graph_module)
     relax_views(graph_module)
     relax_counts(graph_module)
     return graph_module
+
+
+_FILLED = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.new_empty.default: aten.new_zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+}
+
+
+def fill_empty(graph_module: fx.GraphModule) -> None:
+    """Make memory that is to be written begin as zeros.
+
+    A model writes all that it reads of it. A ledger multiplies what lay there before by zero, and
+    nothing says that it was finite.
+    """
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and node.target in _FILLED:
+            if node.target is aten.empty.memory_format:
+                node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
+            node.target = _FILLED[node.target]
 
 
 def relax_views(graph_module: fx.GraphModule) -> None:

@@ -161,6 +161,38 @@ def test_regions_leave_nothing_behind() -> None:
     assert not [target for target in targets if "set_grad" in target or "submod" in target]
 
 
+class Buffered(nn.Module):
+    """Writes halves into memory that it never fills."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.make(x)
+        y[:, :2] = x[:, :2] * 2
+        y[:, 2:] = x[:, 2:] * 3
+        return y.sum(1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [torch.empty_like, lambda x: x.new_empty(x.shape), lambda x: torch.empty(x.shape)],
+    ids=["empty_like", "new_empty", "empty"],
+)
+def test_memory_begins_as_zeros(make) -> None:
+    """What lay there before reaches no ledger, NaN least of all."""
+    x = torch.randn(3, 5)
+    explainer = attnlrp_fx.compile(
+        Buffered(make).eval(), x, target=lambda y: y, audit=True, backend="eager"
+    )
+    assert not any("empty" in str(node.target) for node in explainer.rewritten.graph.nodes)
+    explanation = explainer(x)
+    scale = torch.tensor([2.0, 2, 3, 3, 3])
+    torch.testing.assert_close(explanation.relevance["x"], x * scale)
+    assert abs(explanation.ledger.residual) < 1e-5
+
+
 def test_views_do_not_mind_strides() -> None:
     """What a view refuses: an input that is transposed, as another kernel's output may be."""
 
