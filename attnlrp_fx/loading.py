@@ -131,7 +131,7 @@ def quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
@@ -139,7 +139,7 @@ def quiet() -> Iterator[None]:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            transformers_logging.enable_progress_bar()
 
 
 def _device(name: str) -> "torch.device":
@@ -254,9 +254,7 @@ def _reader(model: "PreTrainedModel", source: Path | str, local: bool) -> Any:
         return AutoTokenizer.from_pretrained(source, local_files_only=local)
     need_pillow()
     # The other backend needs torchvision, and resizes a little differently.
-    return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-        source, local_files_only=local, backend="pil"
-    )
+    return AutoImageProcessor.from_pretrained(source, local_files_only=local, backend="pil")
 
 
 def need_pillow() -> None:

@@ -1,5 +1,6 @@
 """Neurons as targets: one number of a latent value, explained like a logit."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +90,7 @@ class _Indexing:
         position = self._position(neuron.position, batch, sizes, places)
         for d in range(1, len(names)):
             if d in places:
-                behind = _product(sizes[e] for e in places if e > d)
+                behind = math.prod(sizes[e] for e in places if e > d)
                 part = position // behind % sizes[d]
             elif names[d] == self.site.dims[self.site.unit]:
                 part = self._checked(neuron.unit, batch, sizes[d], names[d])
@@ -103,7 +104,7 @@ class _Indexing:
         return named[0].shape[0] if named else 1
 
     def _position(self, position: Index, batch: int, sizes: list[int], places: list[int]) -> Tensor:
-        count = _product(sizes[d] for d in places)
+        count = math.prod(sizes[d] for d in places)
         if position is None:
             return last_real(batch, count, self.outputs, self.value.device)
         if not places:
@@ -120,10 +121,3 @@ class _Indexing:
                 remedy="name unit, and feature where a unit has several numbers",
             )
         return checked_index(index, batch, size, name, self.value.device)
-
-
-def _product(sizes: object) -> int:
-    count = 1
-    for size in sizes:  # type: ignore[attr-defined]
-        count *= size
-    return count

@@ -235,7 +235,7 @@ def _index(model: "PreTrainedModel", tokenizer: Any, name: str | None) -> int | 
 
 def _says_tokens(model: "PreTrainedModel") -> bool:
     """Whether the classes of a model's output are its vocabulary."""
-    return model.get_output_embeddings() is not None  # type: ignore[no-untyped-call]
+    return model.get_output_embeddings() is not None
 
 
 def _token(tokenizer: Any, text: str) -> int:

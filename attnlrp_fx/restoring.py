@@ -163,9 +163,10 @@ def _owner(
     weights = read_tensors(archive, WEIGHTS)
     owner = module_of(weights).to(place)
     # What reads a model's config reads these of it.
-    owner.config = SimpleNamespace(  # type: ignore[assignment]
+    config: Any = SimpleNamespace(
         pad_token_id=about["padding"], max_position_embeddings=about["length"], id2label=None
     )
+    owner.config = config
     return owner, {name: _tensor_named(owner, name) for name in weights}
 
 

@@ -8,8 +8,8 @@ compiled: another index, position or kind of target runs the same program.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -270,6 +270,13 @@ TargetsLike = TargetLike | Sequence[TargetLike]
 """One target, or several of which each is explained."""
 
 
+def changed(target: Target, **fields: Any) -> Target:
+    """A target that is a dataclass, with other values in some of its fields."""
+    made: Any = target
+    found: Target = replace(made, **fields)
+    return found
+
+
 def targets_of(target: TargetsLike, default: Target) -> tuple[list[Target], bool]:
     """The targets, and whether several were asked for: in a list, or by a (batch, M) tensor.
 
@@ -279,7 +286,7 @@ def targets_of(target: TargetsLike, default: Target) -> tuple[list[Target], bool
     """
     if isinstance(target, list | tuple):
         return _some([as_target(one) for one in target]), True
-    one: Any = default if target is None else as_target(target)  # type: ignore[arg-type]
+    one: Any = default if target is None else as_target(cast(TargetLike, target))
     columns = {
         name: value
         for name in ("index", "position")

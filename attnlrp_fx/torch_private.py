@@ -49,7 +49,8 @@ TRACING = threading.RLock()
 @contextmanager
 def unlike_symbols() -> Iterator[None]:
     """Give every dynamic dimension a symbol of its own while a model is captured."""
-    with symbolic_shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+    config: Any = symbolic_shapes_config  # which makes itself a module with `patch`
+    with config.patch(use_duck_shape=False):
         yield
 
 

@@ -100,15 +100,15 @@ def sentiment(samples: int, split: int) -> Prepared:
     """Held-out sentences that the embedded classifier gets right."""
     model, tokenizer = load()
     reviews = models.movie_reviews("held_out")[split * 500 :]
-    found = []
-    for text, label in reviews:
-        inputs = tokenizer(text, return_tensors="pt")
-        with torch.no_grad():
-            if int(model(**inputs).logits.argmax()) == label:
-                found.append(text)
-        if len(found) == samples:
-            break
-    return _classifier(model, tokenizer, found, 25)
+    return _classifier(model, tokenizer, _right(model, tokenizer, reviews, samples), 25)
+
+
+@torch.no_grad()
+def _right(model: Any, tokenizer: Any, texts: Sequence[tuple[str, int]], samples: int) -> list[str]:
+    """The first texts that a classifier gets right."""
+    encoded = ((t, label, tokenizer(t, return_tensors="pt", truncation=True)) for t, label in texts)
+    found = (t for t, label, one in encoded if int(model(**one).logits.argmax()) == label)
+    return list(itertools.islice(found, samples))
 
 
 def _fine_tuned(name: str) -> Callable[[int, int], Prepared]:
@@ -117,15 +117,8 @@ def _fine_tuned(name: str) -> Callable[[int, int], Prepared]:
         model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
         tokenizer = AutoTokenizer.from_pretrained(directory)
         tokenizer.model_max_length = task.length
-        found = []
-        for text, label in task.texts("held_out")[split * 400 :]:
-            inputs = tokenizer(text, return_tensors="pt", truncation=True)
-            with torch.no_grad():
-                if int(model(**inputs).logits.argmax()) == label:
-                    found.append(text)
-            if len(found) == samples:
-                break
-        return _classifier(model, tokenizer, found, 20)
+        texts = task.texts("held_out")[split * 400 :]
+        return _classifier(model, tokenizer, _right(model, tokenizer, texts, samples), 20)
 
     return prepare
 

@@ -167,13 +167,18 @@ def rated_reviews() -> list[Review]:
     reviews: dict[bytes, Review] = {}
     for line in _vader_file("movieReviewSnippets_GroundTruth.txt").splitlines():
         _, rating, text = line.split("\t")
-        words = re.findall(r"\w+", text.lower())
-        digest = hashlib.sha256(" ".join(words).encode()).digest()
-        draw = int.from_bytes(digest[:8]) / 2**64
-        split: Split = "held_out" if draw < HELD_OUT_SHARE else "train"
-        if words:
+        digest, split = _drawn(text)
+        if digest:
             reviews.setdefault(digest, Review(text.strip(), float(rating), split))
     return [reviews[digest] for digest in sorted(reviews, key=lambda digest: digest[8:])]
+
+
+def _drawn(text: str) -> tuple[bytes, Split]:
+    """A hash of a text's words, empty if it has none, and the split that the hash draws."""
+    words = re.findall(r"\w+", text.lower())
+    digest = hashlib.sha256(" ".join(words).encode()).digest() if words else b""
+    draw = int.from_bytes(digest[:8]) / 2**64
+    return digest, "held_out" if draw < HELD_OUT_SHARE else "train"
 
 
 def movie_reviews(split: Split | None = None) -> list[tuple[str, int]]:
@@ -199,12 +204,9 @@ def mails(split: Split | None = None) -> list[tuple[str, int]]:
             if file is None or not name.endswith(".json"):
                 continue
             text = _mail_text(json.load(file)["text"])
-            words = re.findall(r"\w+", text.lower())
-            digest = hashlib.sha256(" ".join(words).encode()).digest()
-            draw = int.from_bytes(digest[:8]) / 2**64
-            if words:
-                wanted: Split = "held_out" if draw < HELD_OUT_SHARE else "train"
-                found.setdefault(digest, (text, int(folder.startswith("spam")), wanted))
+            digest, own = _drawn(text)
+            if digest:
+                found.setdefault(digest, (text, int(folder.startswith("spam")), own))
     ordered = [found[digest] for digest in sorted(found, key=lambda digest: digest[8:])]
     return [(text, label) for text, label, own in ordered if split in (None, own)]
 

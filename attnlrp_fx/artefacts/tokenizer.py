@@ -173,4 +173,5 @@ class SavedTokenizer(Vocabulary):
     def __setstate__(self, state: dict[str, Any]) -> None:
         from tokenizers import Tokenizer
 
-        self.__init__(state["about"], Tokenizer.from_str(state["tokenizer"]))  # type: ignore[misc]
+        made = type(self)(state["about"], Tokenizer.from_str(state["tokenizer"]))
+        self.__dict__ = made.__dict__

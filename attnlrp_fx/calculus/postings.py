@@ -92,7 +92,7 @@ def postings_of(
         Scalars, float32 or better, by account. Of a node that absorbs by design, the accounts of
         causes hold only what else it absorbs.
     """
-    found: dict[Account, Tensor] = {cause: kept for cause, kept in shares.absorbed.items()}  # noqa: C416
+    found: dict[Account, Tensor] = dict(shares.absorbed.items())
     if is_carrier(node):
         return found
     none = [None] * len(call.primals)

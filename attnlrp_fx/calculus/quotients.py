@@ -80,7 +80,9 @@ def difference_quotient(function: Callable[[Tensor], Tensor], x: Tensor, output:
 def _derivative(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """f'(x), element by element."""
     output, pull = torch.func.vjp(function, x)[:2]
-    return pull(torch.ones_like(output))[0]  # type: ignore[no-any-return]
+    (found,) = pull(torch.ones_like(output))
+    derivative: Tensor = found
+    return derivative
 
 
 def intercept(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -339,8 +339,8 @@ class Tape(Runner):
         ids = node.kwargs.get("ids")
         if not isinstance(ids, fx.Node):
             return relevance
-        kept = node.kwargs.get("keep") or range(self.env[ids].dim())
-        return relevance.sum([d for d in range(value.dim()) if d not in kept])  # type: ignore[operator]
+        kept: Any = node.kwargs.get("keep") or range(self.env[ids].dim())
+        return relevance.sum([d for d in range(value.dim()) if d not in kept])
 
     def _read(self, node: fx.Node, received: "Received", reading: Reading, audit: Audited) -> None:
         """Read a latent value's relevance off, and hand on what its condition lets through."""

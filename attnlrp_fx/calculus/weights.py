@@ -190,7 +190,8 @@ def _viewed(node: fx.Node, made_of: fx.Node, x: Tensor) -> Tensor:
         owner, which = node.args
         assert isinstance(owner, fx.Node)
         parts: Any = _viewed(owner, made_of, x)
-        return parts[which]  # type: ignore[no-any-return]
+        part: Tensor = parts[which]
+        return part
     assert callable(node.target)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda leaf: x)
     found: Tensor = node.target(*args, **kwargs)

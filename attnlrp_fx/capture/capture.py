@@ -34,7 +34,7 @@ from attnlrp_fx.torch_private import nothing_remembered, own_backwards, unlike_s
 
 MANY = 200
 """Modules from which on a model repeats itself so often that remembering what ops make of sizes
-pays: of llamas, capturing 2 layers takes 16 % less without, 8 layers 7 %, 32 layers 13 % more."""
+pays; what a shallow model has is sooner found anew."""
 
 TOKENS = ("input_ids", "inputs")
 """How the names of inputs end that hold tokens: never held at the example's values."""

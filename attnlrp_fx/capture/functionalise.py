@@ -132,10 +132,11 @@ def _detach_outputs(body: fx.Graph, is_input: Sequence[bool]) -> None:
 def _is_given(node: fx.Node) -> bool:
     """Whether a node is an input of its graph, or an op that returns it as it is."""
     while is_op(node, "to", "type_as", "contiguous"):
-        value, source = node.meta["val"], node.args[0].meta["val"]  # type: ignore[union-attr]
+        before = node.all_input_nodes[0]
+        value, source = node.meta["val"], before.meta["val"]
         if value.dtype != source.dtype or value.stride() != source.stride():
             return False
-        node = node.args[0]  # type: ignore[assignment]
+        node = before
     return node.op == "placeholder"
 
 

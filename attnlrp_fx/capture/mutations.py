@@ -11,6 +11,7 @@ What cannot be written so is left to PyTorch's own functionalisation: writes int
 without an inverse (expand, as_strided, diagonal), and ops that write more than one argument.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ class _Functional:
 
     def _functional(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
         """The functional form of an in-place op, in the dtype of what it writes into."""
-        written = node.args[0].meta["val"]  # type: ignore[union-attr]
+        written = node.all_input_nodes[0].meta["val"]
         op = _functional_op(node)
         new = self._call(op, node, args, kwargs, node.meta["val"])
         given = [leaf.meta.get("val") for leaf in node.all_input_nodes]
@@ -147,7 +148,7 @@ class _Functional:
     def _put_back(self, view: fx.Node, viewed: fx.Node, part: fx.Node) -> fx.Node:
         """The value that was viewed, with a part in it that was written."""
         value, whole = viewed.meta["val"], self.value(viewed)
-        rest = view.args[1:]
+        rest: Sequence[Any] = view.args[1:]
         for name, scatter in SCATTERS.items():
             if is_op(view, name):
                 return self._call(scatter, view, (whole, part, *rest), {}, value)
@@ -158,7 +159,7 @@ class _Functional:
         if is_op(view, "t"):
             return self._call(aten.t.default, view, (part,), {}, value)
         if is_op(view, "permute"):
-            order = [int(d) % value.dim() for d in rest[0]]  # type: ignore[union-attr,arg-type]
+            order = [d % value.dim() for d in rest[0]]
             inverse = [order.index(d) for d in range(value.dim())]
             return self._call(aten.permute.default, view, (part, inverse), {}, value)
         if is_op(view, *RESHAPES):

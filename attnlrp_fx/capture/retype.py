@@ -111,8 +111,9 @@ class _Retyping:
         if any(leaf in self._varying for leaf in node.all_input_nodes):
             self._varying.add(node)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda leaf: leaf.meta["val"])
+        assert callable(node.target)
         with self.mode:
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+            node.meta["val"] = node.target(*args, **kwargs)
 
     def _cast(self, leaf: fx.Node, before: fx.Node) -> fx.Node:
         """A value in the new dtype, once for all that read it."""

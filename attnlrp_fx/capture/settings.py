@@ -5,7 +5,7 @@ cache; implementations of attention and of experts that cannot be traced give wa
 Parameters that asked for gradients ask again, whatever the export did.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -31,6 +31,7 @@ def capturable(model: nn.Module) -> Iterator[list[str]]:
     caching = [c for c in configs.values() if getattr(c, "use_cache", False)]
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     replaced = implementation not in (None, "eager", "sdpa")
+    switchable: Any = model
     requires_grad = [p for p in model.parameters() if p.requires_grad]
     experts = _experts_implementations(model)
     try:
@@ -39,7 +40,7 @@ def capturable(model: nn.Module) -> Iterator[list[str]]:
         if caching:
             notes.append("key-value caches are off while the model is captured")
         if replaced:
-            model.set_attn_implementation("sdpa")  # type: ignore[operator]
+            switchable.set_attn_implementation("sdpa")
             notes.append(f"attention '{implementation}' is captured as 'sdpa'")
         for name in dict.fromkeys(map(_set_traceable_experts, experts)):
             notes.append(f"experts are captured as '{name}'")
@@ -48,7 +49,7 @@ def capturable(model: nn.Module) -> Iterator[list[str]]:
         for config in caching:
             config.use_cache = True
         if replaced:
-            model.set_attn_implementation(implementation)  # type: ignore[operator]
+            switchable.set_attn_implementation(implementation)
         for module, before in experts.items():
             module.set_experts_implementation(before)
         for parameter in requires_grad:
@@ -61,11 +62,12 @@ def _experts_implementations(model: nn.Module) -> dict[Any, dict[str, str | None
     A loop over the experts that were chosen depends on data; others call kernels of their own.
     """
     found: dict[Any, dict[str, str | None]] = {}
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if not hasattr(module, "set_experts_implementation"):
             continue
-        before = module.get_experts_implementation()  # type: ignore[operator]
-        if module._can_set_experts_implementation() and before[""] not in TRACEABLE_EXPERTS:  # type: ignore[operator]
+        before = module.get_experts_implementation()
+        if module._can_set_experts_implementation() and before[""] not in TRACEABLE_EXPERTS:
             found[module] = before
     return found
 

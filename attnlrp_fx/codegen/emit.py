@@ -177,7 +177,7 @@ def emit(
         return [*map(_contiguous, handed), *postings]
 
     with ExitStack() as stack:
-        stack.enter_context(nothing_remembered(mode))  # half the time
+        stack.enter_context(nothing_remembered(mode))
         stack.enter_context(mode)
         stack.enter_context(torch.no_grad())
         table = stack.enter_context(exact_derivatives()) if options.differentiable else {}

@@ -14,17 +14,20 @@ from attnlrp_fx.graph.operators import aten, packet
 
 def _grouped_flops(x: Any, weight: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
     """Each row of (S, in) times one of the matrices (E, in, out)."""
-    return 2 * x[0] * weight[-2] * weight[-1]  # type: ignore[no-any-return]
+    operations: int = 2 * x[0] * weight[-2] * weight[-1]
+    return operations
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)  # type: ignore[no-untyped-call, no-any-return]
+    operations: int = sdpa_flop_count(query, key, value)
+    return operations
 
 
 def _attention_backward_flops(
     c: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
 ) -> int:
-    return sdpa_backward_flop_count(c, query, key, value)  # type: ignore[no-untyped-call, no-any-return]
+    operations: int = sdpa_backward_flop_count(c, query, key, value)
+    return operations
 
 
 FORMULAS: dict[Any, Any] = {

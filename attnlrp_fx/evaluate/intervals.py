@@ -78,7 +78,7 @@ def paired_difference(a: Tensor | Sequence[float], b: Tensor | Sequence[float]) 
 
 def _scipy_stats() -> Any:
     try:
-        from scipy import stats  # type: ignore[import-untyped]
+        from scipy import stats
     except ImportError as error:
         raise MissingExtraError(
             "Intervals need scipy.",

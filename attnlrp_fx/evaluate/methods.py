@@ -292,7 +292,7 @@ def _unattended(question: Question) -> InputError:
 
 def _captum() -> Any:
     try:
-        from captum import attr  # type: ignore[import-untyped]
+        from captum import attr
     except ImportError as error:
         raise MissingExtraError(
             "This method needs captum.",

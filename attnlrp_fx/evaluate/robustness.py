@@ -167,7 +167,7 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
 
 def _captum_metrics() -> Any:
     try:
-        from captum import metrics  # type: ignore[import-untyped]
+        from captum import metrics
     except ImportError as error:
         raise MissingExtraError(
             "This metric needs captum.",

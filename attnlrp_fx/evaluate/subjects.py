@@ -9,7 +9,7 @@ pixel (batch, height, width), or else an element of the input.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,7 @@ from attnlrp_fx.passes import PIPELINE
 from attnlrp_fx.passes.push_selections import push_selections
 from attnlrp_fx.rules.composites import Composite, composite_named
 from attnlrp_fx.runtime.explainer import ExplainableGraphModule
-from attnlrp_fx.targets import Logit, LogProb, Target, TargetLike, as_target
+from attnlrp_fx.targets import Logit, LogProb, Target, TargetLike, as_target, changed
 
 Inputs = Mapping[str, Tensor]
 SPECIAL_TOKENS = 4
@@ -93,7 +93,7 @@ class Subject:
             with torch.no_grad():
                 index = self.tail.choose(values, given, wanted).index
             if index is not None:
-                wanted = replace(wanted, index=index)  # type: ignore[type-var]
+                wanted = changed(wanted, index=index)
         return Question(self, given, wanted, values)
 
     def sibling(
@@ -202,7 +202,7 @@ def of_rows(target: Target, rows: Tensor) -> Target:
         if isinstance(value := getattr(target, key, None), list | tuple | Tensor)
         and torch.as_tensor(value).dim() == 1
     }
-    return replace(target, **named) if named else target  # type: ignore[type-var]
+    return changed(target, **named) if named else target
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ Where PyTorch has no kernel for them, transformers has an op of its own, which a
 without transformers cannot have. This one computes the same, with the same bits.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,10 +59,8 @@ def _keep(
     ctx.save_for_backward(*inputs)
 
 
-def _backward(
-    ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-) -> tuple[Tensor, Tensor, None]:
-    input, weight, offs = ctx.saved_tensors  # type: ignore[attr-defined]
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    input, weight, offs = ctx.saved_tensors
     grad = grad.contiguous()
     return grouped_mm(grad, weight.mT, offs), _grouped_outer(input, grad, offs), None
 

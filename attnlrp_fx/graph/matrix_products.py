@@ -8,7 +8,7 @@ just been transposed, it is the tensor from before that.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -106,11 +106,12 @@ def _untransposed(operand: Operand) -> Operand:
     node, order = operand.node, operand.order
     while order != tuple(range(len(order))) and is_op(node, "transpose", "permute"):
         rank = len(order)
+        before, *dims = cast("list[Any]", node.args)
         if is_op(node, "permute"):
-            moved = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr,arg-type]
+            moved = [d % rank for d in dims[0]]
         else:
-            i, j = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
+            i, j = (d % rank for d in dims)
             moved = list(range(rank))
             moved[i], moved[j] = j, i
-        node, order = node.args[0], tuple(moved[d] for d in order)  # type: ignore[assignment]
+        node, order = before, tuple(moved[d] for d in order)
     return Operand(node, order)

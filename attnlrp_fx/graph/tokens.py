@@ -8,7 +8,7 @@ goes back by the same moves.
 """
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,12 +39,13 @@ SHIFTS = ["add", "sub", "clamp", "clamp_min", "clamp_max"]
 
 def table_and_indices(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The table and the indices of a look-up (embedding, or a table indexed by rows), or None."""
+    given: Sequence[Any] = node.args
     if is_op(node, "embedding"):
-        return node.args[0], node.args[1]  # type: ignore[return-value]
-    if is_op(node, "index") and len(node.args[1]) == 1:  # type: ignore[arg-type]
-        return node.args[0], node.args[1][0]  # type: ignore[index,return-value]
-    if is_op(node, "index_select") and node.args[1] == 0:
-        return node.args[0], node.args[2]  # type: ignore[return-value]
+        return given[0], given[1]
+    if is_op(node, "index") and len(given[1]) == 1:
+        return given[0], given[1][0]
+    if is_op(node, "index_select") and given[1] == 0:
+        return given[0], given[2]
     return None
 
 
@@ -63,8 +64,9 @@ def origin(indices: fx.Node) -> fx.Node | None:
 def moved_inputs(node: fx.Node) -> list[fx.Node]:
     """The integer tensors whose elements a node moves to its output."""
     candidates: list[Any]
+    given: Sequence[Any] = node.args
     if node.target is operator.getitem:
-        return moved_inputs(node.args[0]) if is_structural(node.args[0]) else []  # type: ignore[arg-type]
+        return moved_inputs(given[0]) if is_structural(given[0]) else []
     if is_op(node, *OFFSETS) and all(_is_tensor(arg) for arg in node.args[:2]):
         candidates = _offset(node)
     elif is_structural(node) or is_op(node, *SHIFTS, "repeat_interleave"):
@@ -74,7 +76,7 @@ def moved_inputs(node: fx.Node) -> list[fx.Node]:
     elif is_op(node, "where"):
         candidates = list(node.args[1:])
     elif is_op(node, "cat", "stack"):
-        candidates = list(node.args[0])  # type: ignore[arg-type]
+        candidates = list(given[0])
     elif is_op(node, "masked_fill"):
         candidates = [node.args[0]]
     elif is_op(node, "index_put"):
@@ -136,8 +138,10 @@ def carry(
             return found.to(relevance.dtype) if is_index and moves_it else found
 
         args, kwargs = fx.node.map_arg((call.args, call.kwargs), value)
-        moved = call.target(*args, **kwargs)  # type: ignore[operator]
-        return moved if call is node else moved[node.args[1]]  # type: ignore[no-any-return]
+        assert callable(call.target)
+        moved: Any = call.target(*args, **kwargs)
+        found: Tensor = moved if call is node else moved[node.args[1]]
+        return found
 
     shadows = [env[leaf].to(relevance.dtype) for leaf in inputs]
     pull = torch.func.vjp(move, *shadows)[1]

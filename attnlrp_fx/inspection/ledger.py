@@ -29,7 +29,7 @@ from attnlrp_fx.errors import MissingExtraError
 from attnlrp_fx.graph.provenance import module_path, source_line
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped, unused-ignore]
+    import pandas as pd
 
 CAUSES: Mapping[str, str] = {
     "bias": "a bias",

@@ -258,7 +258,8 @@ def dims_of(value: fx.Node, role: LatentRole | None, explained: Set[fx.Node]) ->
         return leading, "head", "query", "key"
     if role is LatentRole.EXPERTS:
         return leading, "slot", "feature"
-    last = {LatentRole.NEURONS: "neuron", LatentRole.ROUTER: "expert"}.get(role, "feature")  # type: ignore[arg-type]
+    named = {LatentRole.NEURONS: "neuron", LatentRole.ROUTER: "expert"}
+    last = "feature" if role is None else named.get(role, "feature")
     if rank == 1:
         return (last,)
     if rank > 2 and role is None and _has_channels(value, explained):

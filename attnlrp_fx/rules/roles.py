@@ -71,7 +71,10 @@ def is_join(node: fx.Node, explained: Set[fx.Node]) -> bool:
     if not is_op(node, "add") or node.kwargs.get("alpha", 1) != 1:
         return False
     shape = node.meta["val"].shape
-    return all(leaf in explained and leaf.meta["val"].shape == shape for leaf in node.args)  # type: ignore[union-attr]
+    return all(
+        isinstance(leaf, fx.Node) and leaf in explained and leaf.meta["val"].shape == shape
+        for leaf in node.args
+    )
 
 
 def is_layer(node: fx.Node, explained: Set[fx.Node], parameters: Set[fx.Node]) -> bool:

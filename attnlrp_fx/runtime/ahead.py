@@ -11,7 +11,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from attnlrp_fx.runtime.labels import Labels
 from attnlrp_fx.runtime.running import Running
 from attnlrp_fx.runtime.saving import as_json_text, checked_path, description
 from attnlrp_fx.runtime.seeding import entering, seeds_of
-from attnlrp_fx.targets import outputs_as_seen, unread
+from attnlrp_fx.targets import changed, outputs_as_seen, unread
 from attnlrp_fx.torch_private import fake_mode_of, fresh
 
 INDEX = "index"
@@ -138,10 +137,10 @@ def _explained(
     values = schedule.start(attributes, inputs)
     flat = schedule.run_forward(values, call)
     seen = outputs_as_seen(convention, flat, inputs, places)
-    target: Any = running.target
+    target = running.target
     default = target.choose(seen).index
-    if default is not None and is_dataclass(target):
-        target = replace(target, index=torch.where(index < 0, default, index))  # type: ignore[type-var]
+    if default is not None and hasattr(target, "index"):
+        target = changed(target, index=torch.where(index < 0, default, index))
     chosen, seeds = seeds_of(target, rewritten, convention, flat, inputs, places, seen)
     read = schedule.run_relevance(values, entering(schedule, seeds, flat, attributes), call)
     count = len(convention.output_names)

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, IterableDataset
 from attnlrp_fx.capture.capture import flat_inputs
 from attnlrp_fx.errors import AttnLRPError, InputError
 from attnlrp_fx.runtime.layout import Input, Layout
-from attnlrp_fx.targets import Contrast, Logit, LogProb, Target, TargetLike, as_target
+from attnlrp_fx.targets import Contrast, Logit, LogProb, Target, TargetLike, as_target, changed
 
 Targets = Sequence[TargetLike] | Callable[[Any], TargetLike]
 """A target a sample: by its number, or a function of the sample."""
@@ -223,8 +223,9 @@ class Batcher:
                 raise InputError(
                     "there is no target for a sample", where=f"sample {number}"
                 ) from error
+        index: Any = found
         if isinstance(found, Tensor) or (hasattr(found, "__index__") and found is not None):
-            found = int(found)  # type: ignore[arg-type]
+            found = int(index)
         return None if found is None else as_target(found)
 
     def _split(
@@ -395,7 +396,7 @@ def _of_sample(target: Target, number: int) -> Target:
                     remedy="pass one for all samples, or one per sample",
                 )
             changes[name] = value[number]
-    return replace(target, **changes) if changes else target  # type: ignore[type-var]
+    return changed(target, **changes) if changes else target
 
 
 def _is_ours(target: Target | None) -> bool:
@@ -416,7 +417,7 @@ def _kind(target: Target | None) -> tuple[Any, ...]:
 def _merged(targets: Sequence[Target | None]) -> Target | None:
     """One target for a batch out of its rows', which are of one kind."""
     first = targets[0]
-    if not _is_ours(first):
+    if first is None or not _is_ours(first):
         return first
     found = {name: [getattr(target, name) for target in targets] for name in PER_ROW}
     given = {name: values for name, values in found.items() if values[0] is not None}
@@ -424,7 +425,7 @@ def _merged(targets: Sequence[Target | None]) -> Target | None:
         name: torch.cat([torch.as_tensor(value, device="cpu").reshape(-1) for value in values])
         for name, values in given.items()
     }
-    return replace(first, **rows)  # type: ignore[type-var]
+    return changed(first, **rows)
 
 
 # Data sets

@@ -220,7 +220,8 @@ def _positions_graph(
     own: Sequence[str],
 ) -> fx.GraphModule | None:
     """The part of a graph that computes indices which are not inputs themselves."""
-    wanted = [table_and_indices(node)[1] for node, name, _ in lookups if name is None]  # type: ignore[index]
+    found = [table_and_indices(node) for node, name, _ in lookups if name is None]
+    wanted = [indices for _, indices in filter(None, found)]
     if not wanted:
         return None
     needed: set[fx.Node] = set()

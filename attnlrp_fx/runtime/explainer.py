@@ -227,7 +227,10 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         given = self._running.given(args, inputs)
         if not self._running.slices(targets):
             edits = {"conditions": conditions, "interventions": interventions}
-            return self._whole()(given, target=target, check_finite=check_finite, **edits)  # type: ignore[no-any-return]
+            whole: Explanation | Explanations = self._whole()(
+                given, target=target, check_finite=check_finite, **edits
+            )
+            return whole
         given |= self._running.edits(given, conditions, interventions)
         memory = short_of_memory(partial(self._running.savings, given, targets))
         with memory, computing(self._running.options.programs.differentiable):
@@ -523,7 +526,7 @@ class ExplainableGraphModule(Inspectable, nn.Module):
         """
         running, tensors = self._running, Attributes(self.model, self.captured).values
         old = main_dtype(tensors())
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
         new = main_dtype(tensors())
         if old is not None and new is not None and old != new:
             with TRACING:

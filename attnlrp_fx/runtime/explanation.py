@@ -32,7 +32,7 @@ from attnlrp_fx.runtime.latent import Latents
 from attnlrp_fx.runtime.units import UnitRelevance, top_units
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped, unused-ignore]
+    import pandas as pd
     from matplotlib.figure import Figure
 
 SCHEMA = "attnlrp_fx.explanation/1"
@@ -441,8 +441,12 @@ class Explanation:
 
     def _is_tokens(self, name: str) -> bool:
         given = self.inputs.get(name)
-        indexes = given is not None and not given.is_floating_point()
-        indexes = indexes and given.dim() == 2 and given.shape[0] == len(self)  # type: ignore[union-attr]
+        indexes = (
+            given is not None
+            and not given.is_floating_point()
+            and given.dim() == 2
+            and given.shape[0] == len(self)
+        )
         return indexes or name in (self.tokens or {}) or name in (self.mask or {})
 
     def _has_rows(self, relevance: Tensor) -> bool:

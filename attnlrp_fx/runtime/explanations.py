@@ -17,7 +17,7 @@ from attnlrp_fx.files import write_atomically
 from attnlrp_fx.runtime.explanation import Explanation
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped, unused-ignore]
+    import pandas as pd
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 def not_traced(function: Callable[P, R]) -> Callable[P, R]:
     """A function that `torch.compile` around it calls, and does not look into."""
-    wrapped: Callable[P, R] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    wrapped: Callable[P, R] = torch.compiler.disable(function)
     return wrapped
 
 

@@ -34,7 +34,7 @@ from attnlrp_fx.statistics.collect import identity
 from attnlrp_fx.targets import TargetLike
 
 if TYPE_CHECKING:
-    import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
+    import pyarrow as pa
 
 _PART = re.compile(r"part-(\d{8})-(\d{8})\.parquet")
 

@@ -16,7 +16,7 @@ from attnlrp_fx.statistics import store
 from attnlrp_fx.statistics.tables import KINDS, SiteStatistics, Statistics, Top
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped, unused-ignore]
+    import pandas as pd
 
 
 class LatentStatistics(Mapping[str, SiteStatistics]):

@@ -27,7 +27,7 @@ from attnlrp_fx.files import write_atomically
 from attnlrp_fx.statistics.tables import KINDS, NOBODY, Statistics
 
 if TYPE_CHECKING:
-    import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
+    import pyarrow as pa
 
 SCHEMA = "attnlrp_fx.latent_statistics/1"
 RUN, RESULT, UNITS, TOP = "run.json", "statistics.safetensors", "units.parquet", "top.parquet"
@@ -147,7 +147,7 @@ def need_pyarrow() -> Any:
         MissingExtraError: pyarrow is not installed.
     """
     try:
-        from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
+        from pyarrow import parquet
     except ImportError as error:
         raise MissingExtraError(
             "Tables in Parquet need pyarrow.",
