@@ -147,6 +147,7 @@ def test_program_is_the_eager_tape(case: Case, explain: Explain) -> None:
     To the last digits: what a region hands on is contiguous, and kernels may add in another order.
     """
     explainer = explain(case)
+    compiled = explainer.compilations
     for batch, length in SIZES:
         inputs = case.example(batch, length, F64)
         explanation, oracle = explainer(**inputs), on_tape(explainer, case, inputs)
@@ -161,4 +162,4 @@ def test_program_is_the_eager_tape(case: Case, explain: Explain) -> None:
             found = torch.tensor([entry.received, entry.passed, entry.absorbed], dtype=F64)
             expected = oracle.sums[entry.node]
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-14 * size)
-    assert explainer.compilations == 1
+    assert explainer.compilations == compiled
