@@ -67,3 +67,16 @@ def explain() -> Explain:
         return _explainer(case, composite, dtype, audit, exact)
 
     return explain
+
+
+Captures = Callable[[Case], tuple[nn.Module, Captured]]
+
+
+@pytest.fixture(scope="session")
+def captures() -> Captures:
+    """Models in float64 and their captures by case: those that `explain` compiles from."""
+
+    def captures(case: Case) -> tuple[nn.Module, Captured]:
+        return _model(case, torch.float64), _captured(case, torch.float64)
+
+    return captures

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Explain
+from conftest import Captures
 from models import BY_NAME, TRANSFORMERS, Case, tensors_of, transformers_model
 from torch import Tensor, fx, nn
 
@@ -333,9 +333,9 @@ def test_sizes_that_must_agree_are_checked() -> None:
 
 
 @pytest.mark.parametrize("case", TRANSFORMERS, ids=str)
-def test_captured_graphs_share_the_models_parameters(case: Case, explain: Explain) -> None:
-    explainer = explain(case, "gradient", audit=False, exact=False)
-    model, captured = explainer.model, explainer.captured
+def test_captured_graphs_share_the_models_parameters(case: Case, captures: Captures) -> None:
+    model, found = captures(case)
+    captured = found.graph_module
     own = {id(p) for p in model.parameters()}
     shared = list(captured.parameters())
     assert shared
