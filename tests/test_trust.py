@@ -6,6 +6,7 @@ of our errors; and after any error the explainer works as before.
 
 import copy
 import multiprocessing
+import os
 import pickle
 import signal
 import subprocess
@@ -306,6 +307,12 @@ def test_an_interrupted_write_leaves_the_old_file(step: str, tmp_path: Path) -> 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_control_c_leaves_nothing_half_written(tmp_path: Path) -> None:
     """At any moment: whatever there is in the end is whole."""
+
+    def begin() -> None:
+        # The tests may run in the background, where a shell has this signal ignored.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.nice(10)  # On a busy machine, too, the signal comes before the command has ended.
+
     page = tmp_path / "page.html"
     command = [sys.executable, "-m", "attnlrp_fx", "explain", "a film", "--html", str(page)]
     process = subprocess.Popen(
@@ -313,8 +320,7 @@ def test_control_c_leaves_nothing_half_written(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # The tests may run in the background, where a shell has this signal ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=begin,
     )
     assert process.stderr is not None
     for line in process.stderr:
