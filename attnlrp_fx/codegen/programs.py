@@ -83,7 +83,13 @@ class Compiled:
         """One step."""
         runnable = self.runnables[step.graph_module]
         if self.checkpointed and torch.is_grad_enabled():
-            runnable = partial(checkpoint, runnable, use_reentrant=False, preserve_rng_state=False)
+            runnable = partial(
+                checkpoint,
+                runnable,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                early_stop=False,  # By an exception, which Dynamo traces as it leaves its code.
+            )
         results: Sequence[Any] = runnable(*arguments)
         return results
 

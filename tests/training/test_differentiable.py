@@ -309,9 +309,14 @@ def test_several_targets_share_a_graph():
 
 @pytest.mark.parametrize(
     "options",
-    [{"memory": "small", "target_slice": True}, {"regions": False, "audit": True}],
-    ids=str,
+    [
+        {"memory": "small", "target_slice": True},
+        {"memory": "small", "backend": lambda graph, inputs: graph.forward},  # by torch.compile
+        {"regions": False, "audit": True},
+    ],
+    ids=["small, sliced", "small, compiled", "flat, audited"],
 )
+@pytest.mark.filterwarnings("ignore:.*not a leaf Tensor:UserWarning")  # Dynamo's own look
 def test_options_leave_gradients_as_they_are(options):
     model, inputs = BY_NAME["gpt2"].model(), BY_NAME["gpt2"].example(2, 5)
     plain = _gradients_of_gpt2(compiled(model, inputs))
