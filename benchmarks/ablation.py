@@ -4,17 +4,17 @@
     python benchmarks/ablation.py --models sentiment --texts 8 --resamples 200
 
 For each text the neurons of all layers are ranked for the highest logit (of a language model, at
-the last position): by relevance summed over positions, by mean |activation| over positions, and at
-random. The first k are set to zero at every position, and the logit is read again. What is reported
-is how far it falls, and how far it moves in either direction, with 95 % bootstrap intervals over
-texts, and the difference from relevance within each text, which is what an interval must keep from
-zero.
+the last position): by relevance summed over positions, by its magnitudes summed, by mean
+|activation| over positions, and at random. The first k are set to zero at every position, and the
+logit is read again. What is reported is how far it falls, and how far it moves in either direction,
+with 95 % bootstrap intervals over texts, and the difference from relevance within each text, which
+is what an interval must keep from zero.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import models
 import torch
@@ -26,11 +26,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnlrp_fx
-from attnlrp_fx import Ablate, Explanation, Logit
+from attnlrp_fx import Ablate, Explanation, Latent, Logit
 from attnlrp_fx.loading import load
 
 RESULTS = Path(__file__).parent / "results"
-RELEVANCE, ACTIVATION, RANDOM = "relevance", "activation", "random"
+RELEVANCE, RANDOM = "relevance", "random"
+SCORES: dict[str, Callable[[Latent], Tensor]] = {
+    RELEVANCE: lambda latent: latent.unit_relevance[0].sum(0),
+    "|relevance|": lambda latent: latent.unit_relevance[0].abs().sum(0),
+    "|activation|": lambda latent: latent.unit_activation[0].abs().mean(0),
+}
+"""What neurons are ranked by, for the first row of a batch."""
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo",
     "Russia": "Moscow", "Greece": "Athens", "Austria": "Vienna", "Cuba": "Havana", "Peru": "Lima",
@@ -67,12 +73,8 @@ def ranking(explanation: Explanation, method: str, seed: int) -> list[tuple[str,
     names = [(latent.name, unit) for latent in latents for unit in range(latent.units)]
     if method == RANDOM:
         order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
-    elif method == RELEVANCE:
-        scores = torch.cat([latent.unit_relevance[0].sum(0) for latent in latents])
-        order = scores.argsort(descending=True)
     else:
-        scores = torch.cat([latent.unit_activation[0].abs().mean(0) for latent in latents])
-        order = scores.argsort(descending=True)
+        order = torch.cat([SCORES[method](latent) for latent in latents]).argsort(descending=True)
     return [names[i] for i in order.tolist()]
 
 
@@ -84,24 +86,35 @@ def ablated(neurons: Sequence[tuple[str, int]]) -> dict[str, Ablate]:
     return {name: Ablate(some) for name, some in units.items()}
 
 
-def moved(name: str, ks: Sequence[int], count: int) -> dict[tuple[str, int], list[float]]:
-    """By method and k, by how much the logit falls for each text."""
+class Measured(NamedTuple):
+    """What was measured with the first k neurons by one method."""
+
+    falls: list[float]
+    """By how much the logit falls, for each text."""
+    ranked: list[set[tuple[str, int]]]
+    """The neurons, for each text."""
+
+
+def moved(name: str, ks: Sequence[int], count: int) -> dict[tuple[str, int], Measured]:
+    """By method and k, what happens."""
     model, texts, more = MODELS[name](count)
     console.print(f"{name}: compiling")
     explainer = attnlrp_fx.compile(
         model, {**texts[0], **more}, backend="eager", latent=["mlp.neurons"], editable=True
     )
-    falls: dict[tuple[str, int], list[float]] = {}
+    found: dict[tuple[str, int], Measured] = {}
     for number, inputs in enumerate(track(texts, name, console=console)):
         plain = explainer(inputs)
         target = Logit(int(plain.target_index[0]))
-        for method in (RELEVANCE, ACTIVATION, RANDOM):
+        for method in (*SCORES, RANDOM):
             ranked = ranking(plain, method, number)
             for k in ks:
                 now = explainer(inputs, target=target, interventions=ablated(ranked[:k]))
                 fall = float(plain.target_value[0] - now.target_value[0])
-                falls.setdefault((method, k), []).append(fall)
-    return falls
+                measured = found.setdefault((method, k), Measured([], []))
+                measured.falls.append(fall)
+                measured.ranked.append({*ranked[:k]})
+    return found
 
 
 def interval(values: Tensor, resamples: int) -> tuple[float, float, float]:
@@ -113,11 +126,11 @@ def interval(values: Tensor, resamples: int) -> tuple[float, float, float]:
     return float(values.mean()), low, high
 
 
-def summary(falls: Mapping[tuple[str, int], list[float]], resamples: int) -> list[dict[str, Any]]:
+def summary(found: Mapping[tuple[str, int], Measured], resamples: int) -> list[dict[str, Any]]:
     """A row a method and k."""
     rows = []
-    for (method, k), values in falls.items():
-        fall, best = torch.tensor(values), torch.tensor(falls[RELEVANCE, k])
+    for (method, k), measured in found.items():
+        fall, best = torch.tensor(measured.falls), torch.tensor(found[RELEVANCE, k].falls)
         rows.append(
             {
                 "method": method,
@@ -126,7 +139,8 @@ def summary(falls: Mapping[tuple[str, int], list[float]], resamples: int) -> lis
                 "moved": interval(fall.abs(), resamples),
                 "relevance falls further by": interval(best - fall, resamples),
                 "relevance moves further by": interval(best.abs() - fall.abs(), resamples),
-                "texts": len(values),
+                "same in every text": len(set.intersection(*measured.ranked)),
+                "texts": len(measured.falls),
             }
         )
     return rows
@@ -136,12 +150,12 @@ def show(name: str, rows: list[dict[str, Any]]) -> None:
     """A table a model."""
     table = Table(title=f"{name}, {rows[0]['texts']} texts", title_justify="left", box=None)
     columns = ("fall", "moved", "relevance falls further by", "relevance moves further by")
-    for column in ("neurons", "ranked by", *columns):
+    for column in ("neurons", "ranked by", "same in every text", *columns):
         table.add_column(column)
     for row in sorted(rows, key=lambda row: int(row["k"])):
         cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*row[column]) for column in columns]
         shown = cells if row["method"] != RELEVANCE else [*cells[:2], "", ""]
-        table.add_row(str(row["k"]), row["method"], *shown)
+        table.add_row(str(row["k"]), row["method"], str(row["same in every text"]), *shown)
     console.print(table)
 
 

@@ -212,12 +212,12 @@ def draw(state: Mapping[str, Any], path: Path) -> None:
     """Mean curves of a few methods, a panel a task: least relevant first above, most below."""
     from matplotlib.figure import Figure
 
-    shown = ("attnlrp", "attnlrp-vision", "cp-lrp", "gradient-rollout", "ig", "random")
+    shown = ("attnlrp", "best", "attnlrp-vision", "cp-lrp", "gradient-rollout", "ig", "random")
     tasks = [name for name in TASKS if name in state]
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, name in zip(axes, tasks, strict=False):
         for number, method in enumerate(shown):
             curves = state[name].get(method, {}).get("curves")
@@ -228,7 +228,7 @@ def draw(state: Mapping[str, Any], path: Path) -> None:
         axis.set_title(name)
         axis.set_xlabel("share set to zero")
         axis.set_ylabel("logit")
-    for axis in list(axes)[len(tasks) :]:
+    for axis in axes[len(tasks) :]:
         axis.axis("off")
     handles = {}
     for axis in figure.axes:
