@@ -1,14 +1,14 @@
 """Does relevance find the neurons that matter? Ablate the top k and see the logit move.
 
-    python benchmarks/ablation.py                                  # SmolLM2 and the sentiment model
-    python benchmarks/ablation.py --models sentiment --texts 8 --resamples 200
+    python benchmarks/ablation.py                                  # the three models, some minutes
+    python benchmarks/ablation.py --models sentiment --samples 8 --resamples 200
 
-For each text the neurons of all layers are ranked for the highest logit (of a language model, at
+For each sample the neurons of all layers are ranked for the highest logit (of a language model, at
 the last position): by relevance summed over positions, by its magnitudes summed, by mean
 |activation| over positions, and at random. The first k are set to zero at every position, and the
 logit is read again. What is reported is how far it falls, and how far it moves in either direction,
-with 95 % bootstrap intervals over texts, and the difference from relevance within each text, which
-is what an interval must keep from zero.
+with 95 % bootstrap intervals over samples, and the difference from relevance within each sample,
+which is what an interval must keep from zero.
 """
 
 import json
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import digits
 import models
 import torch
 import typer
@@ -45,7 +46,7 @@ CAPITALS = {
     "Iraq": "Baghdad", "Iran": "Tehran", "China": "Beijing", "Thailand": "Bangkok",
     "Finland": "Helsinki", "Denmark": "Copenhagen",
 }  # fmt: skip
-console = Console()
+console = Console(width=150)
 
 
 def sentiment(count: int) -> tuple[Any, list[dict[str, Tensor]], dict[str, Any]]:
@@ -64,7 +65,14 @@ def smollm2(count: int) -> tuple[Any, list[dict[str, Tensor]], dict[str, Any]]:
     return model, inputs, {"logits_to_keep": 1}
 
 
-MODELS = {"sentiment": sentiment, "smollm2": smollm2}
+def digits_transformer(count: int) -> tuple[Any, list[dict[str, Tensor]], dict[str, Any]]:
+    """The embedded transformer of pictures, on held-out digits in clutter."""
+    model, processor = load("digits_transformer")
+    images = digits.held_out(count, seed=1).images
+    return model, [dict(processor(images=one, return_tensors="pt")) for one in images], {}
+
+
+MODELS = {"sentiment": sentiment, "digits_transformer": digits_transformer, "smollm2": smollm2}
 
 
 def ranking(explanation: Explanation, method: str, seed: int) -> list[tuple[str, int]]:
@@ -90,20 +98,20 @@ class Measured(NamedTuple):
     """What was measured with the first k neurons by one method."""
 
     falls: list[float]
-    """By how much the logit falls, for each text."""
+    """By how much the logit falls, for each sample."""
     ranked: list[set[tuple[str, int]]]
-    """The neurons, for each text."""
+    """The neurons, for each sample."""
 
 
 def moved(name: str, ks: Sequence[int], count: int) -> dict[tuple[str, int], Measured]:
     """By method and k, what happens."""
-    model, texts, more = MODELS[name](count)
+    model, samples, more = MODELS[name](count)
     console.print(f"{name}: compiling")
     explainer = attnlrp_fx.compile(
-        model, {**texts[0], **more}, backend="eager", latent=["mlp.neurons"], editable=True
+        model, {**samples[0], **more}, backend="eager", latent=["mlp.neurons"], editable=True
     )
     found: dict[tuple[str, int], Measured] = {}
-    for number, inputs in enumerate(track(texts, name, console=console)):
+    for number, inputs in enumerate(track(samples, name, console=console)):
         plain = explainer(inputs)
         target = Logit(int(plain.target_index[0]))
         for method in (*SCORES, RANDOM):
@@ -139,8 +147,8 @@ def summary(found: Mapping[tuple[str, int], Measured], resamples: int) -> list[d
                 "moved": interval(fall.abs(), resamples),
                 "relevance falls further by": interval(best - fall, resamples),
                 "relevance moves further by": interval(best.abs() - fall.abs(), resamples),
-                "same in every text": len(set.intersection(*measured.ranked)),
-                "texts": len(measured.falls),
+                "same in all": len(set.intersection(*measured.ranked)),
+                "samples": len(measured.falls),
             }
         )
     return rows
@@ -148,28 +156,28 @@ def summary(found: Mapping[tuple[str, int], Measured], resamples: int) -> list[d
 
 def show(name: str, rows: list[dict[str, Any]]) -> None:
     """A table a model."""
-    table = Table(title=f"{name}, {rows[0]['texts']} texts", title_justify="left", box=None)
+    table = Table(title=f"{name}, {rows[0]['samples']} samples", title_justify="left", box=None)
     columns = ("fall", "moved", "relevance falls further by", "relevance moves further by")
-    for column in ("neurons", "ranked by", "same in every text", *columns):
+    for column in ("neurons", "ranked by", "same in all", *columns):
         table.add_column(column)
     for row in sorted(rows, key=lambda row: int(row["k"])):
         cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*row[column]) for column in columns]
         shown = cells if row["method"] != RELEVANCE else [*cells[:2], "", ""]
-        table.add_row(str(row["k"]), row["method"], str(row["same in every text"]), *shown)
+        table.add_row(str(row["k"]), row["method"], str(row["same in all"]), *shown)
     console.print(table)
 
 
 def main(
     names: Annotated[list[str] | None, typer.Option("--models", help="which models")] = None,
     k: Annotated[list[int] | None, typer.Option(help="how many neurons")] = None,
-    texts: int = 24,
+    samples: int = 24,
     resamples: int = 2000,
     output: Path | None = None,
 ) -> None:
     """Measure, print and write the tables."""
     found: dict[str, Any] = {"torch": torch.__version__}
     for name in names or list(MODELS):
-        found[name] = summary(moved(name, k or [5, 20, 80], texts), resamples)
+        found[name] = summary(moved(name, k or [5, 20, 80], samples), resamples)
         show(name, found[name])
     path = output or RESULTS / "ablation.json"
     path.parent.mkdir(exist_ok=True)
