@@ -264,7 +264,7 @@ def need_pillow() -> None:
         MissingExtraError: pillow is not installed.
     """
     try:
-        import PIL.Image  # noqa: F401
+        import PIL.Image  # noqa: F401  # asked for, not used here
     except ImportError as error:
         raise MissingExtraError(
             "Reading images needs pillow.",

@@ -29,7 +29,7 @@ MODELING_MODULES = {
 # torchvision was built for another device than this torch: its compiled part cannot be loaded, and
 # its Python part registers shape functions for operators that this part would have defined.
 # Declaring them is all that the import needs; no explanation calls one.
-TORCHVISION: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+TORCHVISION: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]  # untyped
 for operator in ("nms", "qnms"):
     TORCHVISION.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 

@@ -95,7 +95,7 @@ class WeightRelevance(Mapping[str, Tensor]):
                         remedy="name a file that WeightRelevance.save wrote",
                     )
                 found: dict[str, dict[str, Tensor]] = {"signed": {}, "absolute": {}}
-                for key in file.keys():  # noqa: SIM118
+                for key in file.keys():  # noqa: SIM118  # safetensors' file is no mapping
                     kind, _, name = key.partition(".")
                     found[kind][name] = file.get_tensor(key)
         except SafetensorError as error:

@@ -118,7 +118,7 @@ class LatentStatistics(Mapping[str, SiteStatistics]):
         """
         store.need_pyarrow()
         try:
-            import pandas as pd  # noqa: F401
+            import pandas as pd  # noqa: F401  # asked for, not used here
         except ImportError as error:
             raise MissingExtraError(
                 "A table of units needs pandas.",
