@@ -1,7 +1,7 @@
 """Does relevance find the neurons that matter? Ablate the top k and see the logit move.
 
     python benchmarks/ablation.py                                  # the three models, some minutes
-    python benchmarks/ablation.py --models sentiment --samples 8 --resamples 200
+    python benchmarks/ablation.py --models sentiment --samples 8
 
 For each sample the neurons of all layers are ranked for the highest logit (of a language model, at
 the last position): by relevance summed over positions, by its magnitudes summed, by mean
@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnlrp_fx
 from attnlrp_fx import Ablate, Explanation, Latent, Logit
+from attnlrp_fx.evaluate.intervals import Interval, interval, paired_difference
 from attnlrp_fx.loading import load
 
 RESULTS = Path(__file__).parent / "results"
@@ -125,16 +126,11 @@ def moved(name: str, ks: Sequence[int], count: int) -> dict[tuple[str, int], Mea
     return found
 
 
-def interval(values: Tensor, resamples: int) -> tuple[float, float, float]:
-    """The mean, and the ends of its 95 % bootstrap interval."""
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    means = values[picks].mean(1)
-    low, high = (float(means.quantile(q)) for q in (0.025, 0.975))
-    return float(values.mean()), low, high
+def ends(of: Interval) -> tuple[float, float, float]:
+    return of.mean, of.low, of.high
 
 
-def summary(found: Mapping[tuple[str, int], Measured], resamples: int) -> list[dict[str, Any]]:
+def summary(found: Mapping[tuple[str, int], Measured]) -> list[dict[str, Any]]:
     """A row a method and k."""
     rows = []
     for (method, k), measured in found.items():
@@ -143,10 +139,10 @@ def summary(found: Mapping[tuple[str, int], Measured], resamples: int) -> list[d
             {
                 "method": method,
                 "k": k,
-                "fall": interval(fall, resamples),
-                "moved": interval(fall.abs(), resamples),
-                "relevance falls further by": interval(best - fall, resamples),
-                "relevance moves further by": interval(best.abs() - fall.abs(), resamples),
+                "fall": ends(interval(fall)),
+                "moved": ends(interval(fall.abs())),
+                "relevance falls further by": ends(paired_difference(best, fall)),
+                "relevance moves further by": ends(paired_difference(best.abs(), fall.abs())),
                 "same in all": len(set.intersection(*measured.ranked)),
                 "samples": len(measured.falls),
             }
@@ -171,13 +167,12 @@ def main(
     names: Annotated[list[str] | None, typer.Option("--models", help="which models")] = None,
     k: Annotated[list[int] | None, typer.Option(help="how many neurons")] = None,
     samples: int = 24,
-    resamples: int = 2000,
     output: Path | None = None,
 ) -> None:
     """Measure, print and write the tables."""
     found: dict[str, Any] = {"torch": torch.__version__}
     for name in names or list(MODELS):
-        found[name] = summary(moved(name, k or [5, 20, 80], samples), resamples)
+        found[name] = summary(moved(name, k or [5, 20, 80], samples))
         show(name, found[name])
     path = output or RESULTS / "ablation.json"
     path.parent.mkdir(exist_ok=True)
