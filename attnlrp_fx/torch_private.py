@@ -19,6 +19,10 @@
 - `decompositions`: ops written out, for those whose own derivative is not exact.
 - `SymbolicSizes`, `SIZE_FUNCTIONS`: fake values with symbolic sizes, of a graph that was saved, and
   the functions that PyTorch writes such sizes with.
+- `symbolic_dispatch`, `composite`: while ops are recorded, those that PyTorch makes of others must
+  be taken apart by what it has for symbolic sizes.
+- `expression_of`, `with_values`, `solved_for`: sizes by their expressions, which a traced graph
+  computes.
 - `typical_size`, `grows_with`: what a symbolic size would be, and whether it is a multiple of
   another, from their expressions.
 
@@ -28,6 +32,7 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -36,11 +41,17 @@ import torch._dynamo.config as dynamo_config
 import torch.fx.experimental._config as symbolic_shapes_config
 from torch import fx
 from torch._decomp import get_decompositions
+from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor import standalone_compile
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    autograd_would_have_decomposed,
+)
 from torch.utils._sympy import functions as size_functions
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 TRACING = threading.RLock()
 """Held while a model is captured, and while a program is traced and compiled."""
@@ -244,12 +255,17 @@ def typical_size(
     if isinstance(size, int):
         return float(size)
     expression = size.node.expr
+    given = [(s, known[str(s)]) for s in expression.free_symbols if known and str(s) in known]
+    return _number(expression, typical, tuple(given))
+
+
+@lru_cache(maxsize=4096)
+def _number(expression: Any, typical: int, given: tuple[tuple[Any, int], ...]) -> float:
+    """An expression with values put in for its symbols: those given, or what is typical."""
     for number in (typical, typical + 1):
-        values = {
-            symbol: (known or {}).get(str(symbol), number) for symbol in expression.free_symbols
-        }
+        values = {**dict.fromkeys(expression.free_symbols, number), **dict(given)}
         with suppress(ZeroDivisionError):
-            return float(expression.subs(values))
+            return float(expression.xreplace(values))
     return float(typical)
 
 
@@ -264,6 +280,45 @@ def grows_with(size: int | torch.SymInt, other: torch.SymInt) -> bool | None:
     rest = size.node.expr / symbol
     is_multiple = isinstance(symbol, sympy.Symbol) and symbol not in rest.free_symbols
     return True if is_multiple else None
+
+
+def symbolic_dispatch() -> AbstractContextManager[Any]:
+    """A context in which what ops are made of keeps symbolic sizes, rather than reading numbers."""
+    return enable_python_dispatcher()
+
+
+def composite(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an op is made of others wherever it is differentiated, and has no kernel of its own.
+
+    Not so the questions that PyTorch asks a tensor, as of its device.
+    """
+    if op.namespace == "prim":
+        return False
+    return bool(autograd_would_have_decomposed(op, [*args, *kwargs.values()]))
+
+
+def expression_of(size: int | torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
+    """A size as an expression of sympy's."""
+    return sympy.sympify(size) if isinstance(size, int) else size.node.expr
+
+
+def with_values(expression: Any, values: Mapping[Any, Any]) -> Any:
+    """An expression with values put in for its symbols: anything that has Python's operators."""
+    return sympy_interp(PythonReferenceAnalysis, dict(values), expression)
+
+
+def solved_for(expression: Any, symbol: Any) -> tuple[Any, Any] | None:
+    """What a symbol is where an expression is linear in it.
+
+    Returns:
+        A symbol for the expression's value, and a formula of it; None if it is not linear.
+    """
+    slope = sympy.diff(expression, symbol)
+    rest = expression.subs(symbol, 0)
+    if slope.free_symbols & {symbol} or sympy.expand(slope * symbol + rest - expression) != 0:
+        return None
+    whole = sympy.Dummy("size", integer=True, nonnegative=True)
+    return whole, size_functions.FloorDiv(whole - rest, slope)
 
 
 def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -64,6 +64,11 @@ def test_every_function_is_tested() -> None:
     }
     assert public == {
         "unlike_symbols",
+        "symbolic_dispatch",
+        "composite",
+        "expression_of",
+        "with_values",
+        "solved_for",
         "nothing_remembered",
         "grows_with",
         "decompositions",
@@ -164,6 +169,36 @@ def test_typical_size() -> None:
     assert torch_private.typical_size(batch, 64) == 64.0
     assert torch_private.typical_size(2 * batch + 3, 10) == 23.0
     assert torch_private.typical_size(batch * width, 8) == 64.0
+
+
+def test_symbolic_dispatch() -> None:
+    """Without it, a matrix product of a batch reads its sizes as numbers."""
+    x = _captured(SAME).graph.find_nodes(op="placeholder")[0].meta["val"]
+    with x.fake_mode, torch.no_grad(), torch_private.symbolic_dispatch():
+        product = torch.empty(x.shape[0], 3, x.shape[1]) @ torch.empty(x.shape[1], 2)
+    assert [str(size) for size in product.shape] == [str(x.shape[0]), "3", "2"]
+
+
+def test_composite() -> None:
+    """Ops that PyTorch makes of others, and not those that it has kernels of."""
+    x = torch.ones(2, 2)
+    assert torch_private.composite(torch.ops.aten.matmul.default, (x, x), {})
+    assert not torch_private.composite(torch.ops.aten.mm.default, (x, x), {})
+    assert not torch_private.composite(torch.ops.prim.device.default, (x,), {})
+
+
+def test_expressions_of_sizes() -> None:
+    """Sizes as expressions, which numbers can be put into and which can be solved for a symbol."""
+    x = _captured(SAME).graph.find_nodes(op="placeholder")[0].meta["val"]
+    batch, width = map(torch_private.expression_of, x.shape)
+    assert torch_private.expression_of(3) == 3
+    size = torch_private.expression_of((x.shape[0] * 3 + x.shape[1]) // 2)
+    assert torch_private.with_values(size, {batch: 5, width: 4}) == 9
+    found = torch_private.solved_for(3 * batch + width, batch)
+    assert found is not None
+    whole, formula = found
+    assert torch_private.with_values(formula, {whole: 19, width: 4}) == 5
+    assert torch_private.solved_for(batch**2 + 1, batch) is None
 
 
 def test_grows_with() -> None:

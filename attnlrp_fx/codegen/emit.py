@@ -1,6 +1,6 @@
 """Codegen: the tape under a tracer, and the program that comes out.
 
-`emit` runs the tape on fake tensors that have the captured graph's symbolic sizes, under `make_fx`.
+`emit` runs the tape on fake tensors that have the captured graph's symbolic sizes, and traces it.
 What comes out is one flat graph of ATen ops, without autograd and detach: parameters, inputs and
 seeds in; outputs, relevance and ledger out. Parameters are inputs under the model's own names, so
 that an optimiser's step shows at once. A whole graph and one region of it are traced alike.
@@ -8,15 +8,13 @@ that an optimiser's step shows at once. A whole graph and one region of it are t
 Every size is computed once, from the inputs' sizes, so that no value is kept for its shape alone.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
     statically_known_true,
@@ -29,6 +27,7 @@ from attnlrp_fx.capture.functionalise import relax_views
 from attnlrp_fx.codegen.derivatives import check_differentiable, exact_derivatives
 from attnlrp_fx.codegen.partition import SEED, Keeping, hoist, split
 from attnlrp_fx.codegen.regions import computed
+from attnlrp_fx.codegen.trace import Input, Trace
 from attnlrp_fx.errors import AttnLRPError, RuleError
 from attnlrp_fx.graph.operators import aten, is_op, outputs_of, placeholders_of
 from attnlrp_fx.graph.provenance import describe
@@ -149,33 +148,6 @@ def emit(
     latent: list[str] = []
     traced_last: list[tuple[fx.Node, str]] = []
 
-    def annotate(node: fx.Node, phase: str) -> AbstractContextManager[None]:
-        traced_last[:] = [(node, phase)]
-        return _annotate(node, phase)
-
-    def program(attributes: dict[str, Tensor], inputs: list[Any], given: list[Tensor]) -> list[Any]:
-        moved = options.device if options.device != options.captured_device else None
-        weighing = Weighing(options.weighed, _rows(inputs, options)) if options.weighed else None
-        tape = Tape(graph_module, attributes, moved, annotate, weighing=weighing)
-        results = tape.run(*inputs)
-        arrived = Received()
-        for seed, value in zip(seeds, given, strict=True):
-            arrived.add(seed.channel, outputs[seed.place], value)
-        read = tape.reverse(arrived, Audited.FEW if options.audit else Audited.NOTHING)
-        found = {
-            Port(names.index(name), channel, value.dtype): value
-            for channel, values in read.by_channel().items()
-            for name, value in values.items()
-        }
-        received[:] = found
-        audited[:] = [Posting(places[name], account) for name, account in read.postings]
-        latent[:] = read.latent
-        weighed.update(dict.fromkeys(read.weights, read.rows_told_apart))
-        weights = [part for weight in read.weights.values() for part in weight]
-        postings = [torch.stack(list(read.postings.values()))] if read.postings else []
-        handed = [*results, *found.values(), *weights, *read.latent.values()]
-        return [*map(_contiguous, handed), *postings]
-
     with ExitStack() as stack:
         stack.enter_context(nothing_remembered(mode))
         stack.enter_context(mode)
@@ -188,17 +160,52 @@ def emit(
         }
         inputs = [_on(node.meta["val"], options.device) for node in placeholders]
         given = [_on(outputs[p.place].meta["val"], options.device, p.dtype) for p in seeds]
+        trace = Trace(
+            [
+                *(Input("attribute", name, value) for name, value in fakes.items()),
+                *(Input("input", name, value) for name, value in zip(names, inputs, strict=True)),
+                *(Input("seed", f"{SEED}{i}", value) for i, value in enumerate(given)),
+            ],
+            table,
+        )
+
+        def annotate(node: fx.Node, phase: str) -> AbstractContextManager[None]:
+            traced_last[:] = [(node, phase)]
+            return trace.at(node, phase)
+
+        def program() -> list[Any]:
+            moved = options.device if options.device != options.captured_device else None
+            weighing = (
+                Weighing(options.weighed, _rows(inputs, options)) if options.weighed else None
+            )
+            tape = Tape(graph_module, fakes, moved, annotate, weighing=weighing)
+            results = tape.run(*inputs)
+            arrived = Received()
+            for seed, value in zip(seeds, given, strict=True):
+                arrived.add(seed.channel, outputs[seed.place], value)
+            read = tape.reverse(arrived, Audited.FEW if options.audit else Audited.NOTHING)
+            found = {
+                Port(names.index(name), channel, value.dtype): value
+                for channel, values in read.by_channel().items()
+                for name, value in values.items()
+            }
+            received[:] = found
+            audited[:] = [Posting(places[name], account) for name, account in read.postings]
+            latent[:] = read.latent
+            weighed.update(dict.fromkeys(read.weights, read.rows_told_apart))
+            weights = [part for weight in read.weights.values() for part in weight]
+            postings = [torch.stack(list(read.postings.values()))] if read.postings else []
+            handed = [*results, *found.values(), *weights, *read.latent.values()]
+            return [*map(_contiguous, handed), *postings]
+
         try:
-            with torch.fx.traceback.preserve_node_meta():
-                traced = make_fx(program, table, tracing_mode="symbolic")(fakes, inputs, given)
+            traced = trace.run(program)
         except AttnLRPError:
             raise
         except Exception as error:
             raise _untraceable(error, *traced_last[0]) from error
-    called = [("attribute", name) for name in attributes]
-    called += [("input", name) for name in names]
-    called += [("seed", f"{SEED}{i}") for i in range(len(seeds))]
-    clean(traced, called, options.differentiable)
+    own = {node.name for node in graph.nodes if is_op(node, "detach")}
+    clean(traced, own if options.differentiable else ())
     if options.differentiable:
         check_differentiable(traced, {node.name: node for node in graph.nodes})
     rest, derived = hoist(traced) if options.keep_derived else (traced, None)
@@ -221,22 +228,29 @@ def emit(
     )
 
 
-def clean(
-    traced: fx.GraphModule, called: Sequence[tuple[str, str]], differentiable: bool = False
-) -> None:
-    """Make a program of a traced graph: flat inputs with names, functional, nothing dead.
+def clean(program: fx.GraphModule, detaching: Collection[str] = ()) -> None:
+    """Make a traced program functional, with nothing dead in it.
 
     Args:
-        traced: the graph, as make_fx traced it.
-        called: of each input the part that it is of, and its name.
-        differentiable: whether the model's own detaches stay.
+        program: as it was traced.
+        detaching: nodes that it was traced from whose detaches stay, by name: the model's own, as
+            far as gradients matter.
 
     Raises:
         RuleError: an op writes in place.
     """
-    _name_inputs(traced, called)
-    _clean(traced, differentiable)
-    _check_pure(traced)
+    for node in list(program.graph.nodes):
+        source = (node.meta.get("custom") or {}).get("from")
+        if is_op(node, "detach") and source in detaching:
+            continue
+        if is_op(node, "detach", "alias", "lift_fresh"):
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    _functionalise(program.graph)
+    relax_views(program)
+    program.graph.eliminate_dead_code()
+    program.recompile()
+    _check_pure(program)
 
 
 def _untraceable(error: Exception, node: fx.Node, phase: str) -> RuleError:
@@ -271,42 +285,6 @@ def _rows(inputs: Sequence[Any], options: EmitOptions) -> int | torch.SymInt | N
 def _contiguous(value: Any) -> Any:
     """What one program hands to another is contiguous, so that all agree about its strides."""
     return value.contiguous() if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def _annotate(node: fx.Node, phase: str) -> Iterator[None]:
-    """Tell the tracer which node of the rewritten graph, and which side, its ops come from."""
-    with torch.fx.traceback.annotate({"from": node.name, "phase": phase}):
-        yield
-
-
-def _name_inputs(program: fx.GraphModule, called: Sequence[tuple[str, str]]) -> None:
-    """Give a traced program flat inputs, each named for the part that it is of and what it is."""
-    program.graph.set_codegen(fx.graph.CodeGen())
-    for node, (part, name) in zip(placeholders_of(program), called, strict=True):
-        readable = re.sub(r"\W", "_", name)
-        node._rename(f"_{readable}" if readable[0].isdigit() else readable)
-        node.target = node.name
-        node.meta |= {"name": name, "part": part}
-
-
-def _clean(program: fx.GraphModule, differentiable: bool = False) -> None:
-    """Drop what is dead, and detaches; where it matters, the model's own stay.
-
-    A node that carries no relevance is run as it is; what rules make of others is annotated.
-    """
-    for node in list(program.graph.nodes):
-        is_rules = "from" in (node.meta.get("custom") or {})
-        if is_op(node, "detach") and differentiable and not is_rules:
-            continue
-        if is_op(node, "detach", "alias", "lift_fresh_copy"):
-            node.replace_all_uses_with(node.args[0])
-            program.graph.erase_node(node)
-    _functionalise(program.graph)
-    relax_views(program)
-    _share_sizes(program.graph)
-    program.graph.eliminate_dead_code()
-    program.recompile()
 
 
 def _functionalise(graph: fx.Graph) -> None:
@@ -381,24 +359,3 @@ def _check_pure(program: fx.GraphModule) -> None:
                 why="PyTorch's kernel or derivative of this op is not functional",
                 remedy="report this with the op; a pass can lower it to other ops",
             )
-
-
-def _share_sizes(graph: fx.Graph) -> None:
-    """Read every symbolic size off an input, or compute it once from those that are."""
-    known: dict[str, fx.Node] = {}
-    placeholders = graph.find_nodes(op="placeholder")
-    with graph.inserting_after(placeholders[-1]):
-        for node in reversed(placeholders):
-            if node.meta["part"] == "seed":
-                continue
-            for dim, size in enumerate(getattr(node.meta["val"], "shape", ())):
-                if isinstance(size, torch.SymInt):
-                    read = graph.call_function(aten.sym_size.int, (node, dim))
-                    read.meta["val"] = size
-                    known[str(size)] = read
-    for node in list(graph.nodes):
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt):
-            first = known.setdefault(str(value), node)
-            if first is not node:
-                node.replace_all_uses_with(first)

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from attnlrp_fx import ops
 from attnlrp_fx.graph.operators import outputs_of
-from attnlrp_fx.torch_private import fresh, typical_size
+from attnlrp_fx.torch_private import expression_of, fresh, typical_size
 
 SHORTEST = 12
 """How many nodes a stretch must have to be worth a program of its own."""
@@ -154,8 +154,10 @@ def _value(node: fx.Node) -> Hashable:
 
 def _tensor(value: Any) -> Hashable:
     if not isinstance(value, Tensor):
-        return str(value) if isinstance(value, int | torch.SymInt) else type(value).__name__
-    sizes = "?" if free_unbacked_symbols(value) else tuple(map(str, value.shape))
+        is_size = isinstance(value, int | torch.SymInt)
+        return expression_of(value) if is_size else type(value).__name__
+    shape = tuple(value.shape)
+    sizes = "?" if free_unbacked_symbols(shape) else tuple(map(expression_of, shape))
     return sizes, str(value.dtype)
 
 
@@ -188,7 +190,7 @@ def _width(node: fx.Node) -> float:
     value = node.meta.get("val")
     if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
         return 8.0 if not free_unbacked_symbols(value) else float("inf")
-    if not isinstance(value, Tensor) or free_unbacked_symbols(value):
+    if not isinstance(value, Tensor) or free_unbacked_symbols(tuple(value.shape)):
         return float("inf")
     count = float(value.dtype.itemsize)
     for size in value.shape:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._inductor import aoti_compile_and_package, aoti_load_package
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from attnlrp_fx.artefacts.archive import EXPLAINER, TOKENIZER, Archive, damage, seal
@@ -28,6 +27,7 @@ from attnlrp_fx.artefacts.tokenizer import tokenizer_as_json, tokenizer_of_json
 from attnlrp_fx.codegen.emit import clean
 from attnlrp_fx.codegen.programs import Served
 from attnlrp_fx.codegen.schedule import Schedule, Step, Values
+from attnlrp_fx.codegen.trace import Input, Trace
 from attnlrp_fx.errors import ArtefactError, BackendError, InputError
 from attnlrp_fx.files import writing_atomically
 from attnlrp_fx.graph.operators import placeholders_of
@@ -91,10 +91,6 @@ def _traced(running: Running) -> tuple[fx.GraphModule, dict[str, Any]]:
     placeholders = placeholders_of(rewritten)
     names = [str(node.target) for node in placeholders]
 
-    def whole(given: dict[str, Tensor], inputs: list[Tensor], index: Tensor) -> list[Any]:
-        named = dict(zip(names, inputs, strict=True))
-        return _explained(running, schedule, given, named, index, returned)
-
     with ExitStack() as stack:
         for context in (mode, torch.no_grad(), unread()):
             stack.enter_context(context)
@@ -107,8 +103,15 @@ def _traced(running: Running) -> tuple[fx.GraphModule, dict[str, Any]]:
             for n in placeholders
         ]
         index = torch.empty(inputs[0].shape[0], dtype=torch.int64, device=device)
-        traced = make_fx(whole, tracing_mode="symbolic")(fakes, inputs, index)
-    clean(traced, [*(("attribute", n) for n in fakes), *(("input", n) for n in (*names, INDEX))])
+        named = dict(zip(names, inputs, strict=True))
+        trace = Trace(
+            [
+                *(Input("attribute", name, value) for name, value in fakes.items()),
+                *(Input("input", name, value) for name, value in {**named, INDEX: index}.items()),
+            ]
+        )
+        traced = trace.run(lambda: _explained(running, schedule, fakes, named, index, returned))
+    clean(traced)
     return traced, {"outputs": returned.outputs, "relevance": returned.relevance}
 
 

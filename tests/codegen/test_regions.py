@@ -314,6 +314,22 @@ def test_real_models(case: Case, explain: Explain) -> None:
     assert explainer.compilations == len(kinds)  # one without padding, and one with, if need be
 
 
+def test_inductor() -> None:
+    """What regions hand on, sizes too, compiles; another batch and length compile nothing more."""
+    case = DEEP[0]
+    model = case.model()
+    eager, explainer = (
+        attnlrp_fx.compile(model, case.example(3, 5), backend=backend)
+        for backend in ("eager", "inductor")
+    )
+    assert counts(explainer)[0] > 1
+    for rows, length in ((3, 5), (2, 8)):
+        inputs = case.example(rows, length)
+        found, expected = (one(**inputs).relevance["input_ids"] for one in (explainer, eager))
+        assert relative(found, expected) <= 1e-5
+    assert explainer.compilations == 1
+
+
 def case_target(case: Case) -> Logit:
     """What `on_tape` explains."""
     return Logit(1, position=None if case.value is highest_logit else -1)

@@ -1,6 +1,7 @@
 """Relevance that is differentiated: exact, by finite differences in float64, whatever the rule."""
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -462,7 +463,10 @@ def test_compiled_steps():
 
 def test_two_processes(tmp_path):
     """DDP around the explainer, or around the model beside it: gradients of the whole batch."""
-    torch.multiprocessing.spawn(_process, (tmp_path,), nprocs=2)
+    processes = torch.multiprocessing.spawn(_process, (tmp_path,), nprocs=2, join=False)
+    deadline = time.monotonic() + 240
+    while not processes.join(timeout=5):
+        assert time.monotonic() < deadline, "the processes do not end"
     model = network()
     explanation = compiled(model, X)(X, target=1)
     expected = gradients(model, both_terms(explanation) / 2)  # DDP takes a mean over processes
@@ -474,23 +478,26 @@ def _process(rank: int, directory: Path) -> None:
     store = f"file://{directory / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     torch.set_num_threads(1)
-    rows = slice(2 * rank, 2 * rank + 2)
-    found = {}
     for wrapped in ("explainer", "model"):
-        model = network()
-        explainer = compiled(model, X[rows])
-        if wrapped == "explainer":
-            parallel: Any = nn.parallel.DistributedDataParallel(explainer)
-            loss = both_terms(parallel(X[rows], target=1))
-        else:
-            parallel = nn.parallel.DistributedDataParallel(model)
-            loss = parallel(X[rows]).square().sum()
-            loss = loss + explainer(X[rows], target=1).relevance["x"].square().sum()
-        found[wrapped] = gradients(model, loss)
-    if rank == 0:
-        for wrapped, value in found.items():
-            torch.save(value, directory / f"{wrapped}.pt")
+        found = _in_parallel(wrapped, slice(2 * rank, 2 * rank + 2))
+        if rank == 0:
+            torch.save(found, directory / f"{wrapped}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+
+
+def _in_parallel(wrapped: str, rows: slice) -> dict[str, Tensor]:
+    """Gradients of some rows' loss; what DDP holds of the process group is gone afterwards."""
+    model = network()
+    explainer = compiled(model, X[rows])
+    if wrapped == "explainer":
+        parallel: Any = nn.parallel.DistributedDataParallel(explainer)
+        loss = both_terms(parallel(X[rows], target=1))
+    else:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        loss = parallel(X[rows]).square().sum()
+        loss = loss + explainer(X[rows], target=1).relevance["x"].square().sum()
+    return gradients(model, loss)
 
 
 # Errors
