@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TEXT ?= The performances are wonderful, but the story is a mess.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test format lint types imports pytest clean
+.PHONY: help demo test format lint types imports pytest coverage clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ imports: $(VENV)/.installed  ## Check that layers import downwards only.
 
 pytest: $(VENV)/.installed  ## Run the tests and the doctests of README and docstrings.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+coverage: $(VENV)/.installed  ## Run the same, and list the lines that no test reaches.
+	OMP_NUM_THREADS=1 $(BIN)/python -m slipcover --source attnlrp_fx,passes --omit 'attnlrp_fx/passes/*' \
+		--fail-under 90 -m pytest -W ignore::pytest.PytestAssertRewriteWarning
 
 clean:  ## Remove the environment and caches.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,7 @@
 """Fixtures that several test files share: compiled explainers are made once a session."""
 
 import functools
+import gc
 import logging
 from collections.abc import Callable
 from unittest import mock
@@ -17,6 +18,7 @@ from attnlrp_fx.capture.capture import Captured
 from attnlrp_fx.passes import PIPELINE, drop_assertions, promote_casts
 
 torch.set_num_threads(1)
+gc.set_threshold(100_000, 50, 100)  # looking through all that is compiled took 5 % of the time
 logging.getLogger("torch.__trace").addFilter(lambda record: False)  # pytest keeps every record
 
 EXAMPLE = (3, 5)
