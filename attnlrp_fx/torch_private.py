@@ -290,9 +290,9 @@ def symbolic_dispatch() -> AbstractContextManager[Any]:
 def composite(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether an op is made of others wherever it is differentiated, and has no kernel of its own.
 
-    Not so the questions that PyTorch asks a tensor, as of its device.
+    Not so the questions that PyTorch asks a tensor, as of its device, and ops that run graphs.
     """
-    if op.namespace == "prim":
+    if op.namespace == "prim" or not isinstance(op, torch._ops.OpOverload):
         return False
     return bool(autograd_would_have_decomposed(op, [*args, *kwargs.values()]))
 

@@ -8,8 +8,8 @@ that an optimiser's step shows at once. A whole graph and one region of it are t
 Every size is computed once, from the inputs' sizes, so that no value is kept for its shape alone.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -141,13 +141,7 @@ def emit(
     names = [str(node.target) for node in placeholders]
     outputs = outputs_of(graph)
     mode = fake_mode_of(graph_module)
-    received: list[Port] = []
     places = {node.name: i for i, node in enumerate(computed(graph))}
-    audited: list[Posting] = []
-    weighed: dict[str, bool] = {}
-    latent: list[str] = []
-    traced_last: list[tuple[fx.Node, str]] = []
-
     with ExitStack() as stack:
         stack.enter_context(nothing_remembered(mode))
         stack.enter_context(mode)
@@ -168,42 +162,23 @@ def emit(
             ],
             table,
         )
-
-        def annotate(node: fx.Node, phase: str) -> AbstractContextManager[None]:
-            traced_last[:] = [(node, phase)]
-            return trace.at(node, phase)
-
-        def program() -> list[Any]:
-            moved = options.device if options.device != options.captured_device else None
-            weighing = (
-                Weighing(options.weighed, _rows(inputs, options)) if options.weighed else None
-            )
-            tape = Tape(graph_module, fakes, moved, annotate, weighing=weighing)
+        arriving = Received()
+        for seed, value in zip(seeds, given, strict=True):
+            arriving.add(seed.channel, outputs[seed.place], value)
+        with trace.recording(), _untraceable(trace):
+            tape = _tape(graph_module, trace, fakes, inputs, options)
             results = tape.run(*inputs)
-            arrived = Received()
-            for seed, value in zip(seeds, given, strict=True):
-                arrived.add(seed.channel, outputs[seed.place], value)
-            read = tape.reverse(arrived, Audited.FEW if options.audit else Audited.NOTHING)
-            found = {
+            read = tape.reverse(arriving, Audited.FEW if options.audit else Audited.NOTHING)
+            received = {
                 Port(names.index(name), channel, value.dtype): value
                 for channel, values in read.by_channel().items()
                 for name, value in values.items()
             }
-            received[:] = found
-            audited[:] = [Posting(places[name], account) for name, account in read.postings]
-            latent[:] = read.latent
-            weighed.update(dict.fromkeys(read.weights, read.rows_told_apart))
             weights = [part for weight in read.weights.values() for part in weight]
             postings = [torch.stack(list(read.postings.values()))] if read.postings else []
-            handed = [*results, *found.values(), *weights, *read.latent.values()]
-            return [*map(_contiguous, handed), *postings]
-
-        try:
-            traced = trace.run(program)
-        except AttnLRPError:
-            raise
-        except Exception as error:
-            raise _untraceable(error, *traced_last[0]) from error
+            handed = [*results, *received.values(), *weights, *read.latent.values()]
+            handed = [*map(_contiguous, handed), *postings]
+        traced = trace.graph_module(handed)
     own = {node.name for node in graph.nodes if is_op(node, "detach")}
     clean(traced, own if options.differentiable else ())
     if options.differentiable:
@@ -218,10 +193,10 @@ def emit(
         outputs=len(outputs),
         received=tuple(received),
         rest=rest,
-        weighed=tuple(weighed),
-        rows_told_apart=all(weighed.values()),
-        audited=tuple(audited),
-        latent=tuple(places[name] for name in latent),
+        weighed=tuple(read.weights),
+        rows_told_apart=read.rows_told_apart or not read.weights,
+        audited=tuple(Posting(places[name], account) for name, account in read.postings),
+        latent=tuple(places[name] for name in read.latent),
         forward=forward,
         relevance=relevance,
         derived=derived,
@@ -253,18 +228,39 @@ def clean(program: fx.GraphModule, detaching: Collection[str] = ()) -> None:
     _check_pure(program)
 
 
-def _untraceable(error: Exception, node: fx.Node, phase: str) -> RuleError:
-    """What PyTorch says about a node that it cannot trace, as an error of ours."""
-    by_value = isinstance(error, GuardOnDataDependentSymNode)
-    why = next(iter(str(error).strip().splitlines()), "")
-    return RuleError(
-        f"the {phase} program of this op could not be traced",
-        where=describe(node),
-        why=f"{type(error).__name__}: {why}",
-        remedy="let the model compute the size from shapes or numbers, not from what a tensor holds"
-        if by_value
-        else "report this with the op; a pass can lower it to other ops",
-    )
+def _tape(
+    graph_module: fx.GraphModule,
+    trace: Trace,
+    attributes: Mapping[str, Tensor],
+    inputs: Sequence[Any],
+    options: EmitOptions,
+) -> Tape:
+    """A tape that tells a trace where its ops come from."""
+    moved = options.device if options.device != options.captured_device else None
+    weighing = Weighing(options.weighed, _rows(inputs, options)) if options.weighed else None
+    return Tape(graph_module, attributes, moved, trace.at, weighing=weighing)
+
+
+@contextmanager
+def _untraceable(trace: Trace) -> Iterator[None]:
+    """Say of which node an op is that PyTorch cannot trace, as an error of ours."""
+    try:
+        yield
+    except AttnLRPError:
+        raise
+    except Exception as error:
+        by_value = isinstance(error, GuardOnDataDependentSymNode)
+        why = next(iter(str(error).strip().splitlines()), "")
+        node, phase = trace.place or (None, "traced")
+        raise RuleError(
+            f"the {phase} program of this op could not be traced",
+            where="" if node is None else describe(node),
+            why=f"{type(error).__name__}: {why}",
+            remedy="let the model compute the size from shapes or numbers, not from what a tensor "
+            "holds"
+            if by_value
+            else "report this with the op; a pass can lower it to other ops",
+        ) from error
 
 
 def _on(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:

@@ -8,7 +8,7 @@ need not be followed: `make_fx` does, of every size that anything asks for, and 
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -45,20 +45,23 @@ class Trace:
     ) -> None:
         self.graph = fx.Graph()
         self.written_out = written_out or {}
-        self.origin: dict[str, str] = {}
+        self.place: tuple[fx.Node, str] | None = None
         """Where ops come from: a node of another graph, and which side."""
-        self.constants: dict[str, Tensor] = {}
+        self.constants: dict[str, Tensor | fx.GraphModule] = {}
+        """What was not computed: tensors made of numbers, and branches of `torch.cond`."""
         self._nodes: dict[int, fx.Node] = {}
         for part, name, value in inputs:
             self._take(part, name, value)
         self.sizes = Sizes(self.graph)
 
-    def run(self, function: Callable[[], Sequence[Any]]) -> fx.GraphModule:
-        """The ops that a function calls on the inputs' values, and what it returns."""
-        with ExitStack() as stack:
-            stack.enter_context(symbolic_dispatch())
-            stack.enter_context(_Recorder(self))
-            results = function()
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Write down what is called meanwhile."""
+        with symbolic_dispatch(), _Recorder(self):
+            yield
+
+    def graph_module(self, results: Sequence[Any]) -> fx.GraphModule:
+        """What was recorded, as a program that returns these of its values."""
         self.graph.output([self._argument(result) for result in results])
         for node in self.graph.nodes:
             if isinstance(value := node.meta.get("val"), Tensor) and value.requires_grad:
@@ -68,18 +71,19 @@ class Trace:
     @contextmanager
     def at(self, node: fx.Node, phase: str) -> Iterator[None]:
         """Say of which node, and which side, the ops are that are called meanwhile."""
-        before, self.origin = self.origin, {"from": node.name, "phase": phase}
+        before, self.place = self.place, (node, phase)
         yield
-        self.origin = before
+        self.place = before  # After an error, it is where that was.
 
     def called(self, op: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Write down a call."""
-        name = self.graph._target_to_str(op.overloadpacket.__name__)
+        is_op = isinstance(op, torch._ops.OpOverload)
+        name = op.overloadpacket.__name__ if is_op else op.__name__
         args = fx.node.map_aggregate(args, self._argument)
         kwargs = fx.node.map_aggregate(kwargs, self._argument)
         node = self.graph.create_node("call_function", op, args, kwargs, name)
-        if self.origin:
-            node.meta["custom"] = self.origin
+        if self.place is not None:
+            node.meta["custom"] = {"from": self.place[0].name, "phase": self.place[1]}
         self._keep(node, result)
 
     def _take(self, part: str, name: str, value: Any) -> None:
@@ -106,14 +110,14 @@ class Trace:
 
     def _argument(self, value: Any) -> Any:
         """A value as a graph's argument: the node that it is of."""
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | fx.GraphModule):
             node = self._nodes.get(id(value))
             return self._constant(value) if node is None else node
         return self.sizes.node(value) if isinstance(value, SYMBOLIC) else value
 
-    def _constant(self, value: Tensor) -> fx.Node:
-        """A tensor that the function made of numbers."""
-        name = f"_tensor_constant{len(self.constants)}"
+    def _constant(self, value: Tensor | fx.GraphModule) -> fx.Node:
+        """A tensor made of numbers, or a graph that an op runs."""
+        name = f"_constant{len(self.constants)}"
         self.constants[name] = value
         node = self.graph.get_attr(name)
         node.meta["val"] = value
@@ -124,6 +128,8 @@ class Trace:
 class _Recorder(TorchDispatchMode):
     """Tells a trace of every op that is called."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, trace: Trace) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # It has no types.
         self._trace = trace
@@ -132,18 +138,15 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        trace = self._trace
-        if func in trace.written_out:
+        parts = self._trace.written_out.get(func)
+        if parts is None and composite(func, args, kwargs):
+            parts = func.decompose
+        if parts is not None:
             with self:
-                result = trace.written_out[func](*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        if composite(func, args, kwargs):
-            with self:
-                result = func.decompose(*args, **kwargs)
+                result = parts(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
         if func.namespace != "prim":
-            trace.called(func, args, kwargs, result)
+            self._trace.called(func, args, kwargs, result)
         return result

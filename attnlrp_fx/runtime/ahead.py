@@ -110,7 +110,9 @@ def _traced(running: Running) -> tuple[fx.GraphModule, dict[str, Any]]:
                 *(Input("input", name, value) for name, value in {**named, INDEX: index}.items()),
             ]
         )
-        traced = trace.run(lambda: _explained(running, schedule, fakes, named, index, returned))
+        with trace.recording():
+            results = _explained(running, schedule, fakes, named, index, returned)
+        traced = trace.graph_module(results)
     clean(traced)
     return traced, {"outputs": returned.outputs, "relevance": returned.relevance}
 

@@ -142,6 +142,30 @@ def test_derivatives_that_fill_temporaries(function: Callable[[Tensor], Tensor])
     torch.testing.assert_close(explainer(x).relevance["x"], x * gradient)
 
 
+class Branching(nn.Module):
+    """What carries no relevance depends on the values of an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        scale = torch.cond(
+            lengths.sum() > 6, lambda n: n.float() * 2, lambda n: n.float() + 1, (lengths,)
+        )
+        return self.layer(x) * scale[:, None]
+
+
+def test_branches_that_carry_no_relevance() -> None:
+    torch.manual_seed(0)
+    model, x, lengths = Branching().eval(), torch.randn(3, 4), torch.tensor([1, 2, 3])
+    explainer = attnlrp_fx.compile(model, (x, lengths), backend="eager", target=1)
+    for given in (lengths, lengths + 1):
+        scale = given.float() * 2 if given.sum() > 6 else given.float() + 1
+        expected = x * model.layer.weight[1] * scale[:, None]
+        torch.testing.assert_close(explainer(x, given).relevance["x"], expected)
+
+
 @torch.library.custom_op("attnlrp_fx_tests::undifferentiable", mutates_args=())
 def undifferentiable(x: Tensor) -> Tensor:
     return x.sin()

@@ -40,7 +40,9 @@ def traced(
     given = enumerate(zip(parts, values, strict=True))
     with mode, torch.no_grad():
         trace = Trace([Input(part, f"x.{i}", value) for i, (part, value) in given])
-        return trace.run(lambda: function(*values))
+        with trace.recording():
+            results = function(*values)
+        return trace.graph_module(results)
 
 
 def targets(graph_module: fx.GraphModule) -> list[Any]:
@@ -90,7 +92,9 @@ def test_ops_that_are_written_out() -> None:
     mode, (x,) = fakes(torch.randn(3, 4))
     with mode, torch.no_grad():
         trace = Trace([Input("input", "x", x)], {aten.silu.default: lambda x: x * x.sigmoid()})
-        graph_module = trace.run(lambda: [torch.nn.functional.silu(x)])
+        with trace.recording():
+            results = [torch.nn.functional.silu(x)]
+        graph_module = trace.graph_module(results)
     assert targets(graph_module) == [aten.sigmoid.default, aten.mul.Tensor]
 
 
@@ -100,18 +104,27 @@ def test_numbers_made_tensors_are_constants() -> None:
     torch.testing.assert_close(graph_module(x)[0], x * torch.tensor([2.0, 3.0]))
 
 
+def test_ops_that_run_graphs() -> None:
+    branches = [fx.symbolic_trace(branch) for branch in (lambda y: (y * 2,), lambda y: (y + 1,))]
+
+    def function(x: Tensor) -> list[Tensor]:
+        return list(torch.ops.higher_order.cond(x.sum() > 0, *branches, (x,)))
+
+    graph_module = traced(function, torch.randn(3, 4))
+    for x in (torch.ones(2, 5), -torch.ones(2, 5)):
+        torch.testing.assert_close(graph_module(x)[0], function(x)[0], rtol=0, atol=0)
+
+
 def test_ops_say_where_they_are_from() -> None:
     mode, (x,) = fakes(torch.randn(3, 4))
     source = fx.Graph().placeholder("source")
     with mode, torch.no_grad():
         trace = Trace([Input("input", "x", x)])
-
-        def function() -> list[Tensor]:
+        with trace.recording():
             with trace.at(source, "forward"):
                 y = x.sin()
-            return [y.cos()]
-
-        graph_module = trace.run(function)
+            z = y.cos()
+        graph_module = trace.graph_module([z])
     said = {node.target: node.meta.get("custom") for node in graph_module.graph.nodes}
     assert said[aten.sin.default] == {"from": "source", "phase": "forward"}
     assert said[aten.cos.default] is None
@@ -164,7 +177,9 @@ def test_sizes_that_are_inputs() -> None:
     with mode, torch.no_grad():
         sizes = [Input("input", f"size_{i}", size) for i, size in enumerate((*x.shape, *y.shape))]
         trace = Trace([*sizes, Input("input", "x", x)])
-        graph_module = trace.run(lambda: [x.new_ones(size.value) for size in sizes])
+        with trace.recording():
+            results = [x.new_ones(size.value) for size in sizes]
+        graph_module = trace.graph_module(results)
     used = [n.name for n in graph_module.graph.find_nodes(op="placeholder") if n.users]
     assert used == ["size_2", "size_3", "x"]
     found = graph_module(2, 5, 8, 9, torch.ones(2, 5))
@@ -178,7 +193,9 @@ def test_sizes_that_follow_from_an_inputs() -> None:
         size = x.shape[0]
         wide = torch.empty(3 * size + 2, 5)
         trace = Trace([Input("input", "wide", wide)])
-        graph_module = trace.run(lambda: [wide.new_ones(size), wide.new_ones(6 * size)])
+        with trace.recording():
+            results = [wide.new_ones(size), wide.new_ones(6 * size)]
+        graph_module = trace.graph_module(results)
     found = graph_module(torch.ones(3 * 7 + 2, 5))
     assert [len(part) for part in found] == [7, 42]
 
@@ -200,5 +217,5 @@ def test_a_size_that_follows_from_nothing() -> None:
     with mode, torch.no_grad():
         other = torch.empty(5)
         trace = Trace([Input("input", "other", other)])
-        with pytest.raises(ValueError, match="no input has a size"):
-            trace.run(lambda: [other.new_ones(x.shape[0])])
+        with pytest.raises(ValueError, match="no input has a size"), trace.recording():
+            other.new_ones(x.shape[0])
