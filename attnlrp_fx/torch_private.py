@@ -307,18 +307,23 @@ def with_values(expression: Any, values: Mapping[Any, Any]) -> Any:
     return sympy_interp(PythonReferenceAnalysis, dict(values), expression)
 
 
-def solved_for(expression: Any, symbol: Any) -> tuple[Any, Any] | None:
-    """What a symbol is where an expression is linear in it.
+def solved_for(expression: Any, part: Any) -> tuple[Any, Any] | None:
+    """What a part of an expression is where that is linear in it.
 
     Returns:
         A symbol for the expression's value, and a formula of it; None if it is not linear.
     """
-    slope = sympy.diff(expression, symbol)
-    rest = expression.subs(symbol, 0)
-    if slope.free_symbols & {symbol} or sympy.expand(slope * symbol + rest - expression) != 0:
+    unknown, whole = (sympy.Dummy(name, integer=True) for name in ("part", "whole"))
+    line = expression.xreplace({part: unknown})
+    try:
+        rest, next_one = line.subs(unknown, 0), line.subs(unknown, 1)
+    except ZeroDivisionError:
         return None
-    whole = sympy.Dummy("size", integer=True, nonnegative=True)
-    return whole, size_functions.FloorDiv(whole - rest, slope)
+    slope = sympy.expand(next_one - rest)
+    if slope == 0 or sympy.expand(slope * unknown + rest - line) != 0:
+        return None
+    solution = whole - rest
+    return whole, solution if slope == 1 else size_functions.FloorDiv(solution, slope)
 
 
 def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -198,7 +198,12 @@ def test_expressions_of_sizes() -> None:
     assert found is not None
     whole, formula = found
     assert torch_private.with_values(formula, {whole: 19, width: 4}) == 5
-    assert torch_private.solved_for(batch**2 + 1, batch) is None
+    part = FloorDiv(batch - 3, 2)
+    found = torch_private.solved_for(part + 1, part)
+    assert found is not None
+    assert torch_private.with_values(found[1], {found[0]: 8}) == 7
+    for wrong in (batch**2 + 1, FloorDiv(batch, 2), FloorDiv(8, batch), width):
+        assert torch_private.solved_for(wrong, batch) is None
 
 
 def test_grows_with() -> None:

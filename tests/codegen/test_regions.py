@@ -701,6 +701,32 @@ def test_sizes_are_made_beside_tensors() -> None:
     assert relative(found, on_tape(explainer, {"x": x[:, :3]}, 1).relevance["x"]) <= 1e-12
 
 
+class Listening(nn.Module):
+    """Blocks, whose layers fold rows and positions into one, behind a convolution of a signal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.Conv1d(1, 6, 5, stride=3)
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.front(x[:, None]).transpose(1, 2)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden.mean(1)
+
+
+def test_a_length_that_a_convolution_left() -> None:
+    """Regions get no value that has the signal's own length, of which their sizes are made."""
+    model = randomised(Listening).double().eval()
+    x = torch.linspace(-1, 1, 60, dtype=F64).reshape(2, 30)
+    explainer = compiled(model, x)
+    assert counts(explainer)[1] < counts(explainer)[0]
+    other = torch.linspace(-2, 1, 69, dtype=F64).reshape(3, 23)
+    found = explainer(other, target=1).relevance["x"]
+    assert relative(found, on_tape(explainer, {"x": other}, 1).relevance["x"]) <= 1e-12
+
+
 def test_a_region_prints_as_a_graph_of_its_own() -> None:
     explainer = compiled(stack(*(Block() for _ in range(4))), X)
     region = max(pieces(explainer), key=lambda region: len(region.nodes))

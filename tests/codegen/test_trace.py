@@ -187,17 +187,42 @@ def test_sizes_that_are_inputs() -> None:
 
 
 def test_sizes_that_follow_from_an_inputs() -> None:
-    """A region can take a value of 3s + 2 rows and no other, and need s."""
+    """A region can take a value of 3s + t rows and t columns, and need s."""
     mode, (x,) = fakes(torch.randn(3, 4))
     with mode, torch.no_grad():
-        size = x.shape[0]
-        wide = torch.empty(3 * size + 2, 5)
+        size, columns = x.shape
+        wide = torch.empty(3 * size + columns, columns)
         trace = Trace([Input("input", "wide", wide)])
         with trace.recording():
             results = [wide.new_ones(size), wide.new_ones(6 * size)]
         graph_module = trace.graph_module(results)
-    found = graph_module(torch.ones(3 * 7 + 2, 5))
+    found = graph_module(torch.ones(3 * 7 + 5, 5))
     assert [len(part) for part in found] == [7, 42]
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "wanted"),
+    [
+        (lambda s, t: [(s - 3) // 2 + 1, t], lambda s, t: t * ((s - 3) // 2)),
+        (lambda s, t: [(s - 3) // 2 + 1, t], lambda s, t: (((s - 3) // 2 + 1) // 2 + t) * t),
+        (lambda s, t: [(s // 5 - 1) // 2, t], lambda s, t: 8 * t * ((s // 5 - 1) // 2) + t),
+        (lambda s, t: [s + t, 3], lambda s, t: 2 * s + 2 * t + 1),
+        (lambda s, t: [s + t, t - 1], lambda s, t: s * t),
+    ],
+    ids=["rounded", "rounded twice", "nested", "a sum", "two steps"],
+)
+def test_sizes_made_of_others(dimensions: Any, wanted: Any) -> None:
+    """As regions have them behind convolutions, or where lengths were joined."""
+    mode, (x,) = fakes(torch.randn(30, 4))
+    with mode, torch.no_grad():
+        given = torch.empty(dimensions(*x.shape))
+        trace = Trace([Input("input", "given", given)])
+        with trace.recording():
+            results = [given.new_ones(wanted(*x.shape))]
+        graph_module = trace.graph_module(results)
+    for s, t in ((30, 4), (47, 6)):
+        (found,) = graph_module(torch.ones(dimensions(s, t)))
+        assert len(found) == wanted(s, t)
 
 
 def test_sizes_that_are_found_when_it_runs() -> None:
