@@ -21,8 +21,7 @@
   the functions that PyTorch writes such sizes with.
 - `symbolic_dispatch`, `composite`: while ops are recorded, those that PyTorch makes of others must
   be taken apart by what it has for symbolic sizes.
-- `expression_of`, `with_values`, `solved_for`: sizes by their expressions, which a traced graph
-  computes.
+- `expression_of`, `with_values`: sizes by their expressions, which a traced graph computes.
 - `typical_size`, `grows_with`: what a symbolic size would be, and whether it is a multiple of
   another, from their expressions.
 
@@ -305,25 +304,6 @@ def expression_of(size: int | torch.SymInt | torch.SymFloat | torch.SymBool) -> 
 def with_values(expression: Any, values: Mapping[Any, Any]) -> Any:
     """An expression with values put in for its symbols: anything that has Python's operators."""
     return sympy_interp(PythonReferenceAnalysis, dict(values), expression)
-
-
-def solved_for(expression: Any, part: Any) -> tuple[Any, Any] | None:
-    """What a part of an expression is where that is linear in it.
-
-    Returns:
-        A symbol for the expression's value, and a formula of it; None if it is not linear.
-    """
-    unknown, whole = (sympy.Dummy(name, integer=True) for name in ("part", "whole"))
-    line = expression.xreplace({part: unknown})
-    try:
-        rest, next_one = line.subs(unknown, 0), line.subs(unknown, 1)
-    except ZeroDivisionError:
-        return None
-    slope = sympy.expand(next_one - rest)
-    if slope == 0 or sympy.expand(slope * unknown + rest - line) != 0:
-        return None
-    solution = whole - rest
-    return whole, solution if slope == 1 else size_functions.FloorDiv(solution, slope)
 
 
 def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

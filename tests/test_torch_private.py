@@ -68,7 +68,6 @@ def test_every_function_is_tested() -> None:
         "composite",
         "expression_of",
         "with_values",
-        "solved_for",
         "nothing_remembered",
         "grows_with",
         "decompositions",
@@ -188,22 +187,12 @@ def test_composite() -> None:
 
 
 def test_expressions_of_sizes() -> None:
-    """Sizes as expressions, which numbers can be put into and which can be solved for a symbol."""
+    """Sizes as expressions, which numbers can be put into."""
     x = _captured(SAME).graph.find_nodes(op="placeholder")[0].meta["val"]
     batch, width = map(torch_private.expression_of, x.shape)
     assert torch_private.expression_of(3) == 3
     size = torch_private.expression_of((x.shape[0] * 3 + x.shape[1]) // 2)
     assert torch_private.with_values(size, {batch: 5, width: 4}) == 9
-    found = torch_private.solved_for(3 * batch + width, batch)
-    assert found is not None
-    whole, formula = found
-    assert torch_private.with_values(formula, {whole: 19, width: 4}) == 5
-    part = FloorDiv(batch - 3, 2)
-    found = torch_private.solved_for(part + 1, part)
-    assert found is not None
-    assert torch_private.with_values(found[1], {found[0]: 8}) == 7
-    for wrong in (batch**2 + 1, FloorDiv(batch, 2), FloorDiv(8, batch), width):
-        assert torch_private.solved_for(wrong, batch) is None
 
 
 def test_grows_with() -> None:

@@ -13,12 +13,9 @@ import torch
 from torch import fx
 
 from attnlrp_fx.graph.operators import aten
-from attnlrp_fx.torch_private import expression_of, solved_for, with_values
+from attnlrp_fx.torch_private import SIZE_FUNCTIONS, expression_of, with_values
 
 Symbolic = torch.SymInt | torch.SymFloat | torch.SymBool
-
-STEPS = 4
-"""How many parts of one size are solved for at most."""
 
 
 class Place(NamedTuple):
@@ -116,37 +113,57 @@ class Sizes:
         return read
 
 
-def _solved(expression: Any, places: dict[Any, Place], steps: int = STEPS) -> Any:
-    """An expression without symbols that cannot be read; None if that fails.
+def _solved(expression: Any, places: dict[Any, Place]) -> Any:
+    """An expression without symbols that cannot be read; None if it has no such form.
 
-    What stands for a whole that a part was solved from is added to the places.
+    What stands for the wholes that it is then made of is added to the places.
     """
     missing = {symbol for symbol in expression.free_symbols if symbol not in places}
     if not missing:
         return expression
-    wholes = [item for item in places.items() if item[0].free_symbols & missing]
-    for part in _parts(expression, missing) if steps else ():
-        for whole, place in wholes:
-            solution = solved_for(whole, part) if whole.has(part) else None
-            if solution is None:
-                continue
-            symbol, formula = solution
-            places[symbol] = place
-            changed = sympy.expand(expression.xreplace({part: formula}))
-            found = _solved(changed, places, steps - 1)
-            if found is not None:
-                return found
-    return None
+    if (rounded := _of_solved_parts(expression, places)) is not None:
+        return rounded
+    wholes = {sympy.Dummy("whole", integer=True): w for w in places if w.free_symbols & missing}
+    found = _reduced(expression, wholes, places)
+    if found is not None:
+        places |= {symbol: places[whole] for symbol, whole in wholes.items()}
+    return found
 
 
-def _parts(expression: Any, missing: set[Any]) -> list[Any]:
-    """The symbols that are missing, and what is rounded and made of them; the largest first."""
-    parts = dict.fromkeys(sympy.preorder_traversal(expression))
-    return [
-        part
-        for part in parts
-        if part in missing or (isinstance(part, sympy.Function) and part.free_symbols & missing)
-    ]
+def _of_solved_parts(expression: Any, places: dict[Any, Place]) -> Any:
+    """The same of what is rounded, if what it is made of can be read; of a polynomial, None."""
+    if isinstance(expression, sympy.Add | sympy.Mul | sympy.Symbol):
+        return None
+    parts = [_solved(part, places) for part in expression.args]
+    return None if any(part is None for part in parts) else expression.func(*parts)
+
+
+def _reduced(expression: Any, wholes: Mapping[Any, Any], places: dict[Any, Place]) -> Any:
+    """An expression as a quotient of polynomials in what can be read, wholes by their symbols.
+
+    It is divided by what the wholes say, in the unknowns: symbols, and what is rounded.
+    """
+    unknowns: dict[Any, Any] = {}
+
+    def polynomial(part: Any, is_wanted: bool) -> Any:
+        if part.free_symbols <= places.keys():
+            return part
+        if isinstance(part, sympy.Add | sympy.Mul):
+            return part.func(*(polynomial(term, is_wanted) for term in part.args))
+        if is_wanted and (rounded := _of_solved_parts(part, places)) is not None:
+            return rounded
+        return unknowns.setdefault(part, sympy.Dummy("unknown", integer=True))
+
+    wanted = polynomial(expression, True)
+    relations = [polynomial(whole, False) - symbol for symbol, whole in wholes.items()]
+    if not relations:
+        return None
+    rest = sympy.reduced(wanted, relations, *unknowns.values(), order="lex")[1]
+    if rest.free_symbols & set(unknowns.values()):
+        return None
+    numerator, denominator = sympy.fraction(sympy.together(rest))
+    quotient = SIZE_FUNCTIONS["FloorDiv"]
+    return numerator if denominator == 1 else quotient(numerator, denominator)
 
 
 def _places(nodes: Iterable[fx.Node]) -> dict[Any, Place]:

@@ -208,8 +208,10 @@ def test_sizes_that_follow_from_an_inputs() -> None:
         (lambda s, t: [(s // 5 - 1) // 2, t], lambda s, t: 8 * t * ((s // 5 - 1) // 2) + t),
         (lambda s, t: [s + t, 3], lambda s, t: 2 * s + 2 * t + 1),
         (lambda s, t: [s + t, t - 1], lambda s, t: s * t),
+        (lambda s, t: [(s // 8) * (t // 2) + 2, t], lambda s, t: 5 * t * ((s // 8) * (t // 2) + 2)),
+        (lambda s, t: [(s // 8 + 1) * t, t], lambda s, t: (s // 8 + 1) * 3),
     ],
-    ids=["rounded", "rounded twice", "nested", "a sum", "two steps"],
+    ids=["rounded", "rounded twice", "nested", "a sum", "two steps", "patches", "folded rows"],
 )
 def test_sizes_made_of_others(dimensions: Any, wanted: Any) -> None:
     """As regions have them behind convolutions, or where lengths were joined."""
