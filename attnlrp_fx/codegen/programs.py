@@ -28,6 +28,7 @@ from attnlrp_fx.codegen.regions import regions_of
 from attnlrp_fx.codegen.repeats import Reverse
 from attnlrp_fx.codegen.report import Compilation
 from attnlrp_fx.codegen.schedule import Derivation, Schedule, Step, Values, schedule
+from attnlrp_fx.codegen.sizes import UnreadableSize
 from attnlrp_fx.codegen.unpadded import Unpadded, unpadded
 from attnlrp_fx.graph.operators import outputs_of, placeholders_of
 from attnlrp_fx.passes.mark_latents import markers_of
@@ -268,8 +269,13 @@ class Programs:
         outputs = outputs_of(graph.graph)
         entries = {i: self._entry(outputs[i]) for i in served.seeded}
         cut, inside = self._options.regions, list(entries.values())
-        regions = regions_of(graph, attributes, inside, cut)
-        return schedule(graph, regions, entries, attributes, self._emit_options(served.device))
+        options = self._emit_options(served.device)
+        try:
+            regions = regions_of(graph, attributes, inside, cut)
+            return schedule(graph, regions, entries, attributes, options)
+        except UnreadableSize:  # One region has the model's inputs, of which all sizes are made.
+            regions = regions_of(graph, attributes, inside, cut=False)
+            return schedule(graph, regions, entries, attributes, options)
 
     def _example(self) -> dict[str, Tensor]:
         """The example as it was given, with what else the program takes."""

@@ -12,8 +12,14 @@ import sympy
 import torch
 from torch import fx
 
+from attnlrp_fx.errors import RuleError
 from attnlrp_fx.graph.operators import aten
 from attnlrp_fx.torch_private import SIZE_FUNCTIONS, expression_of, with_values
+
+
+class UnreadableSize(RuleError):
+    """A size does not follow from those of a graph's inputs, as far as we can see."""
+
 
 Symbolic = torch.SymInt | torch.SymFloat | torch.SymBool
 
@@ -51,7 +57,7 @@ class Sizes:
         """What stands in the graph for a size: a node, or the number that it always is.
 
         Raises:
-            ValueError: no value has a size that it could be computed from.
+            UnreadableSize: no value has a size that it could be computed from.
         """
         expression = expression_of(size)
         if expression not in self._known:
@@ -86,7 +92,10 @@ class Sizes:
             places = {**_places([*others, *self._seeds]), **nodes}
             formula = _solved(expression, places)
         if formula is None:
-            raise ValueError(f"no input has a size that {expression} follows from")
+            raise UnreadableSize(
+                f"no input of a program has a size that {expression} follows from",
+                remedy="report this with the model's config",
+            )
         return formula, places
 
     def _at(self, symbol: Any, place: Place) -> fx.Node:

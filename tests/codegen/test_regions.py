@@ -49,7 +49,7 @@ from attnlrp_fx import (
 )
 from attnlrp_fx.calculus.tape import Channel, Tape
 from attnlrp_fx.capture import capture
-from attnlrp_fx.codegen import regions
+from attnlrp_fx.codegen import regions, sizes
 from attnlrp_fx.codegen.attributes import Attributes
 from attnlrp_fx.codegen.regions import SHORTEST, Region, computed, regions_of
 from attnlrp_fx.codegen.rewriting import rewrite
@@ -371,8 +371,8 @@ def test_positions() -> None:
     cut, flat = pair(model, case.example(3, 5), positions=True)
     regions, distinct = counts(cut)
     assert distinct < regions
-    for sizes in [(1, 3), (4, 9)]:
-        inputs = padded(case.example(*sizes))
+    for size in [(1, 3), (4, 9)]:
+        inputs = padded(case.example(*size))
         same(cut(**inputs), flat(**inputs))
 
 
@@ -725,6 +725,16 @@ def test_a_length_that_a_convolution_left() -> None:
     other = torch.linspace(-2, 1, 69, dtype=F64).reshape(3, 23)
     found = explainer(other, target=1).relevance["x"]
     assert relative(found, on_tape(explainer, {"x": other}, 1).relevance["x"]) <= 1e-12
+
+
+def test_one_region_where_a_size_follows_from_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes, "_reduced", lambda *_: None)
+    model = randomised(Listening).double().eval()
+    x = torch.linspace(-1, 1, 60, dtype=F64).reshape(2, 30)
+    explainer = compiled(model, x)
+    assert counts(explainer) == (1, 1)
+    found = explainer(x, target=1).relevance["x"]
+    assert relative(found, on_tape(explainer, {"x": x}, 1).relevance["x"]) <= 1e-12
 
 
 def test_a_region_prints_as_a_graph_of_its_own() -> None:

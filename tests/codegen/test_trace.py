@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnlrp_fx.codegen.trace import Input, Trace
+from attnlrp_fx.errors import RuleError
 from attnlrp_fx.torch_private import SymbolicSizes
 
 aten = torch.ops.aten
@@ -244,5 +245,5 @@ def test_a_size_that_follows_from_nothing() -> None:
     with mode, torch.no_grad():
         other = torch.empty(5)
         trace = Trace([Input("input", "other", other)])
-        with pytest.raises(ValueError, match="no input has a size"), trace.recording():
+        with pytest.raises(RuleError, match="follows from"), trace.recording():
             other.new_ones(x.shape[0])
