@@ -274,16 +274,19 @@ def main(
         "machine": f"{machine or platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "dtype": dtype,
-        "peak": peak,
     }
     console.print(f"fastest product of matrices: {peak / 1e9:.0f} GFLOP/s")
     if by_size:
-        found["curve"] = {"rounds": rounds, "rows": curve(rounds, device, dtype, peak)}
+        found["curve"] = {
+            "rounds": rounds,
+            "peak": peak,
+            "rows": curve(rounds, device, dtype, peak),
+        }
     for name in () if by_size else cases or CASES:
         measured = measure(name, rounds, device, dtype, compile_peer)
         torch.compiler.reset()
         show(name, measured, peak)
-        found["cases"][name] = {"rounds": rounds, **measured}
+        found["cases"][name] = {"rounds": rounds, "peak": peak, **measured}
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
     path.write_text(json.dumps(found, indent=1) + "\n")

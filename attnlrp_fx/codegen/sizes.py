@@ -73,13 +73,13 @@ class Sizes:
             return self._read(self._places[expression])
         formula, places = self._formula(expression)
         values = {
-            symbol: fx.Proxy(self._at(symbol, places[symbol]), self._tracer)
+            symbol: fx.Proxy(self._read(places[symbol]), self._tracer)
             for symbol in sorted(formula.free_symbols, key=str)
         }
         found: fx.Node = with_values(formula, values).node
         for node in _without_value(found):
             args = fx.node.map_arg(node.args, lambda leaf: leaf.meta["val"])
-            node.meta["val"] = node.target(*args)  # type: ignore[operator]
+            node.meta["val"] = node.target(*args)  # type: ignore[operator]  # a function of sizes
         return found
 
     def _formula(self, expression: Any) -> tuple[Any, Mapping[Any, Place]]:
@@ -97,14 +97,6 @@ class Sizes:
                 remedy="report this with the model's config",
             )
         return formula, places
-
-    def _at(self, symbol: Any, place: Place) -> fx.Node:
-        """The node of a symbol that can be read."""
-        if symbol not in self._known:
-            self._known[symbol] = self._read(place)
-        node = self._known[symbol]
-        assert isinstance(node, fx.Node)
-        return node
 
     def _read(self, place: Place) -> fx.Node:
         """A node that reads a size off a value."""
@@ -167,7 +159,10 @@ def _reduced(expression: Any, wholes: Mapping[Any, Any], places: dict[Any, Place
     relations = [polynomial(whole, False) - symbol for symbol, whole in wholes.items()]
     if not relations:
         return None
-    rest = sympy.reduced(wanted, relations, *unknowns.values(), order="lex")[1]
+    try:
+        rest = sympy.reduced(wanted, relations, *unknowns.values(), order="lex")[1]
+    except sympy.PolynomialError:
+        return None
     if rest.free_symbols & set(unknowns.values()):
         return None
     numerator, denominator = sympy.fraction(sympy.together(rest))
