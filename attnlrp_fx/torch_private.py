@@ -8,6 +8,9 @@
   placeholders, needs `standalone_compile`, exported from `torch._inductor` without documentation.
 - `fake_mode_of`, `fresh`: the fake-tensor mode of a captured graph, in which it is traced again,
   so that both share their symbols; a fake tensor that is no view, which Inductor cannot take in.
+- `is_plain_fake`: whether a fake tensor has sizes alone, so that what an op makes of it has, too.
+- `lazy_graph_module`, `written_late`, `written`: graphs whose Python code is written when they are
+  first called or shown. That takes a tenth of a compilation, and of most graphs nobody reads it.
 - `new_fake_mode`, `storage_of`: tensors with sizes and no values, on any device; which of them
   share memory.
 - `size_assumptions`, `fails`: the branches that capture took by size; `torch.export` would check
@@ -38,11 +41,12 @@ import sympy
 import torch
 import torch._dynamo.config as dynamo_config
 import torch.fx.experimental._config as symbolic_shapes_config
-from torch import fx
+from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor import standalone_compile
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import (
     _disable_current_modes,
@@ -119,6 +123,29 @@ def fresh(value: Any) -> Any:
         return torch.empty_strided(
             value.shape, value.stride(), dtype=value.dtype, device=value.device
         )
+
+
+def lazy_graph_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """A graph module whose Python code is written when it is first called or shown."""
+    return _LazyGraphModule(root, graph)
+
+
+def written_late() -> AbstractContextManager[None]:
+    """A context in which PyTorch makes graph modules of that kind, too."""
+    context: AbstractContextManager[None] = _use_lazy_graph_module(True)
+    return context
+
+
+def written(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A graph module with its Python code: Dynamo cannot follow how it is written."""
+    _LazyGraphModule.force_recompile(graph_module)
+    return graph_module
+
+
+def is_plain_fake(value: Tensor) -> bool:
+    """Whether it is a fake tensor with strides, for any values: of some, PyTorch knows them."""
+    is_fake = isinstance(value, FakeTensor) and value.constant is None
+    return is_fake and value.layout is torch.strided
 
 
 def new_fake_mode() -> FakeTensorMode:

@@ -2,6 +2,7 @@
 
 import inspect
 from typing import Any
+from unittest import mock
 
 import pytest
 import sympy
@@ -9,6 +10,7 @@ import torch
 from references import Function
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing import assert_close
 from torch.utils._sympy.functions import FloorDiv
@@ -75,6 +77,10 @@ def test_every_function_is_tested() -> None:
         "fake_mode_of",
         "fresh",
         "new_fake_mode",
+        "is_plain_fake",
+        "lazy_graph_module",
+        "written",
+        "written_late",
         "outside_of_tracing",
         "own_backwards",
         "size_assumptions",
@@ -272,6 +278,40 @@ def test_new_fake_mode() -> None:
     with torch_private.new_fake_mode():
         huge = torch.empty(2**40, dtype=torch.float64, device="cpu")
         assert (huge + torch.ones(())).shape == (2**40,)
+
+
+def test_is_plain_fake() -> None:
+    mode = torch_private.new_fake_mode()
+    known = mode.from_tensor(torch.tensor([1]))
+    assert torch_private.is_plain_fake(known)
+    known.constant = torch.tensor([1])
+    assert not torch_private.is_plain_fake(known)
+    assert not torch_private.is_plain_fake(torch.ones(2))
+    with mode:
+        assert not torch_private.is_plain_fake(torch.ones(2, 2).to_sparse())
+
+
+def test_lazy_graph_modules() -> None:
+    """Neither made nor recompiled is code written; called, shown and asked for it is."""
+    graph_module = _captured(SAME)
+    with mock.patch.object(fx.Graph, "python_code", side_effect=AssertionError):
+        lazy = torch_private.lazy_graph_module(graph_module, graph_module.graph)
+        lazy.graph.eliminate_dead_code()
+        lazy.recompile()
+    assert_close(lazy(*SAME.values())[0], _three_ops(**SAME))
+    lazy.recompile()
+    assert "tanh" in lazy.code
+    lazy.recompile()
+    assert torch_private.written(lazy) is lazy
+    with mock.patch.object(fx.Graph, "python_code", side_effect=AssertionError):
+        lazy(*SAME.values())
+
+
+def test_written_late() -> None:
+    with torch_private.written_late():
+        made = make_fx(torch.tanh)(torch.ones(2))
+    with mock.patch.object(fx.Graph, "python_code", side_effect=AssertionError):
+        made.recompile()
 
 
 def test_storage_of() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnlrp_fx.artefacts.expressions import expression_of
-from attnlrp_fx.torch_private import SymbolicSizes
+from attnlrp_fx.torch_private import SymbolicSizes, lazy_graph_module
 
 T = TypeVar("T")
 
@@ -193,7 +193,7 @@ class _Reader:
         for node in self.written["nodes"]:
             self._node(node)
         self.graph.output([self._value(value) for value in self.written["outputs"]])
-        graph_module = fx.GraphModule(self.root, self.graph)
+        graph_module = lazy_graph_module(self.root, self.graph)
         graph_module.graph.lint()
         return graph_module
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from attnlrp_fx import ops
 from attnlrp_fx.errors import InputError
 from attnlrp_fx.graph.provenance import describe
+from attnlrp_fx.torch_private import lazy_graph_module
 
 VALUE = "explained_value"
 """The name of the tail's additional placeholder."""
@@ -106,7 +107,7 @@ def _module(
 ) -> fx.GraphModule:
     """A graph as a module that shares what it reads; what nothing reads is not computed."""
     graph.eliminate_dead_code()
-    module = fx.GraphModule(torch.nn.Module(), fx.Graph())
+    module = lazy_graph_module(torch.nn.Module(), fx.Graph())
     for node in graph.find_nodes(op="get_attr"):
         name = str(node.target)
         _put(module, name, attributes[name] if name in attributes else _read(rewritten, name))

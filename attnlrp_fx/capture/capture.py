@@ -30,7 +30,13 @@ from attnlrp_fx.capture.known import holding
 from attnlrp_fx.capture.settings import capturable
 from attnlrp_fx.errors import CaptureError, InputError
 from attnlrp_fx.graph.operators import outputs_of
-from attnlrp_fx.torch_private import nothing_remembered, own_backwards, unlike_symbols
+from attnlrp_fx.torch_private import (
+    lazy_graph_module,
+    nothing_remembered,
+    own_backwards,
+    unlike_symbols,
+    written_late,
+)
 
 MANY = 200
 """Modules from which on a model repeats itself so often that remembering what ops make of sizes
@@ -108,6 +114,7 @@ def capture(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(unlike_symbols())
+        stack.enter_context(written_late())
         if sum(1 for _ in model.modules()) < MANY:
             stack.enter_context(nothing_remembered())
         own = stack.enter_context(own_backwards())
@@ -362,7 +369,7 @@ def _flat(graph_module: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(node.meta.get("val"))
             graph.erase_node(node)
     graph.set_codegen(fx.graph.CodeGen())
-    return fx.GraphModule(graph_module, graph)
+    return lazy_graph_module(graph_module, graph)
 
 
 def _paths(tree: Any) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from torch.export import ExportedProgram, default_decompositions
 from attnlrp_fx.capture.autocast import autocasting
 from attnlrp_fx.capture.mutations import drop_mutations, is_mutable
 from attnlrp_fx.graph.operators import aten, is_known, is_op, packet
+from attnlrp_fx.torch_private import lazy_graph_module
 
 KEPT = (aten.linspace, aten.logspace, aten.embedding_bag)
 """Ops that make constants, whose decompositions round otherwise than their kernels do, and bags of
@@ -48,6 +49,7 @@ def functional(exported: ExportedProgram) -> fx.GraphModule:
                     del table[op]
             graph_module = exported.run_decompositions(table).module(check_guards=False)
             assert isinstance(graph_module, fx.GraphModule)
+    graph_module = lazy_graph_module(graph_module, graph_module.graph)
     fill_empty(graph_module)
     relax_views(graph_module)
     relax_counts(graph_module)

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from attnlrp_fx.capture.capture import Captured
 from attnlrp_fx.graph.operators import aten, is_op
-from attnlrp_fx.torch_private import fake_mode_of
+from attnlrp_fx.torch_private import fake_mode_of, lazy_graph_module
 
 _CASTS = ("to", "_to_copy", "type_as")
 
@@ -46,7 +46,7 @@ def retyped(
         new: its dtype now.
     """
     graph = _Retyping(captured.graph_module, tensors, old, new).graph
-    graph_module = fx.GraphModule(captured.graph_module, graph)
+    graph_module = lazy_graph_module(captured.graph_module, graph)
     for name in {str(node.target) for node in graph.find_nodes(op="get_attr")} & tensors.keys():
         path, _, leaf = name.rpartition(".")
         setattr(graph_module.get_submodule(path), leaf, tensors[name])

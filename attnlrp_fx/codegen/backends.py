@@ -46,6 +46,7 @@ def backend_named(backend: str | Backend) -> Backend:
 
 def compile_differentiable(graph_module: fx.GraphModule, backend: str | Backend) -> Runnable:
     """Make a program graph runnable under autograd."""
+    graph_module = torch_private.written(graph_module)
     if backend == "eager":
         return eager(graph_module, ())
     compiled: Runnable = torch.compile(graph_module, backend=backend, dynamic=True, fullgraph=True)
@@ -68,7 +69,7 @@ def compile_graph(graph_module: fx.GraphModule, backend: str | Backend) -> Runna
     inputs = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
     compiler = backend_named(backend)
     try:
-        return compiler(graph_module, inputs)
+        return compiler(torch_private.written(graph_module), inputs)
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]
         raise BackendError(

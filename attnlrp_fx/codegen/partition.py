@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from attnlrp_fx.codegen.flops import operations
 from attnlrp_fx.graph.operators import is_cheap, is_free, outputs_of
-from attnlrp_fx.torch_private import fresh, typical_size
+from attnlrp_fx.torch_private import fresh, lazy_graph_module, typical_size
 
 SEED = "seed:"
 """How the names of seeds begin, which are numbered."""
@@ -104,7 +104,7 @@ def hoist(program: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule | Non
         if node not in values:
             values[node] = rest.node_copy(node, values.__getitem__)
     rest.eliminate_dead_code()
-    return fx.GraphModule(program, rest), alone
+    return lazy_graph_module(program, rest), alone
 
 
 def _is_derived(node: fx.Node, constant: set[fx.Node]) -> bool:
@@ -234,4 +234,4 @@ def _extract(
         if node in inside and node.op not in ("placeholder", "output"):
             values[node] = graph.node_copy(node, values.__getitem__)
     graph.output(fx.node.map_arg(list(results), values.__getitem__))
-    return fx.GraphModule(program, graph)
+    return lazy_graph_module(program, graph)

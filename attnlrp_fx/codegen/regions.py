@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from attnlrp_fx import ops
 from attnlrp_fx.graph.operators import outputs_of
-from attnlrp_fx.torch_private import expression_of, fresh, typical_size
+from attnlrp_fx.torch_private import expression_of, fresh, lazy_graph_module, typical_size
 
 SHORTEST = 12
 """How many nodes a stretch must have to be worth a program of its own."""
@@ -71,7 +71,7 @@ class Region:
         graph.output(tuple(values[node] for node in self.outputs))
         owner = self.nodes[0].graph.owning_module
         assert owner is not None
-        return fx.GraphModule(owner, graph)
+        return lazy_graph_module(owner, graph)
 
 
 def computed(graph: fx.Graph) -> list[fx.Node]:

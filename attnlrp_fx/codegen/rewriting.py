@@ -10,6 +10,7 @@ from attnlrp_fx.capture.capture import Captured
 from attnlrp_fx.codegen.report import RuleCount
 from attnlrp_fx.graph.provenance import module_path, short_source, target_name
 from attnlrp_fx.passes import Pass, PassContext, PassResult, run_passes
+from attnlrp_fx.torch_private import lazy_graph_module
 
 
 @dataclass(frozen=True)
@@ -58,4 +59,4 @@ def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     values: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(graph_module.graph, values)
     graph.output(output)
-    return fx.GraphModule(graph_module, graph)
+    return lazy_graph_module(graph_module, graph)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attnlrp_fx.codegen.fakes import fake_result
 from attnlrp_fx.codegen.sizes import Sizes
-from attnlrp_fx.torch_private import composite, symbolic_dispatch
+from attnlrp_fx.torch_private import composite, lazy_graph_module, symbolic_dispatch
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -66,7 +67,7 @@ class Trace:
         for node in self.graph.nodes:
             if isinstance(value := node.meta.get("val"), Tensor) and value.requires_grad:
                 node.meta["val"] = value.detach()
-        return fx.GraphModule(self.constants, self.graph)
+        return lazy_graph_module(self.constants, self.graph)
 
     @contextmanager
     def at(self, node: fx.Node, phase: str) -> Iterator[None]:
@@ -146,7 +147,9 @@ class _Recorder(TorchDispatchMode):
                 result = parts(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        result = func(*args, **kwargs)
+        result = fake_result(func, args, kwargs)
+        if result is NotImplemented:
+            result = func(*args, **kwargs)
         if func.namespace != "prim":
             self._trace.called(func, args, kwargs, result)
         return result

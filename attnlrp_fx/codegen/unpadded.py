@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from attnlrp_fx import ops
 from attnlrp_fx.calculus.tape import Runner
 from attnlrp_fx.graph.operators import aten, is_op, placeholders_of
+from attnlrp_fx.torch_private import lazy_graph_module
 
 ATTENTION = aten.scaled_dot_product_attention.default
 MASK, CAUSAL = 3, 5
@@ -202,7 +203,7 @@ def _without(rewritten: fx.GraphModule, causal: Mapping[fx.Node, bool]) -> fx.Gr
 
 def _living(rewritten: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     """A graph without what nothing reads, on the same parameters."""
-    made = fx.GraphModule(rewritten, graph)
+    made = lazy_graph_module(rewritten, graph)
     made.graph.eliminate_dead_code()
     made.recompile()
     return made

@@ -12,7 +12,7 @@ from attnlrp_fx.errors import InputError, NonFiniteError
 from attnlrp_fx.graph.operators import is_op, outputs_of
 from attnlrp_fx.graph.provenance import describe, module_path
 from attnlrp_fx.graph.tokens import table_and_indices
-from attnlrp_fx.torch_private import fails, size_assumptions
+from attnlrp_fx.torch_private import fails, lazy_graph_module, size_assumptions
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -237,7 +237,7 @@ def _positions_graph(
         if node in needed or (node.op == "placeholder" and node.target not in own):
             values[node] = graph.node_copy(node, values.__getitem__)
     graph.output([values[node] for node in wanted])
-    return fx.GraphModule(graph_module, graph)
+    return lazy_graph_module(graph_module, graph)
 
 
 def find_non_finite(

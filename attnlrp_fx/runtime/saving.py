@@ -36,6 +36,7 @@ from attnlrp_fx.graph.operators import outputs_of, packet, placeholders_of
 from attnlrp_fx.passes import PassContext, drop_assertions
 from attnlrp_fx.runtime.loader import padding_of
 from attnlrp_fx.runtime.running import Running
+from attnlrp_fx.torch_private import lazy_graph_module
 
 EXAMPLE, GIVEN, HELD = "example:", "given:", "held:"
 """How the names of constants begin that are the example's inputs."""
@@ -175,7 +176,7 @@ def portable(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(graph_module.graph, values))
-    copy = fx.GraphModule(graph_module, graph)
+    copy = lazy_graph_module(graph_module, graph)
     drop_assertions(copy, PassContext())
     for node in copy.graph.nodes:
         node.target = (
