@@ -128,6 +128,8 @@ def _elementwise(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @cache
 def _is_elementwise(op: Any) -> bool:
     """Whether an op gives one new tensor, each element of one element of each operand."""
+    if not isinstance(op, torch._ops.OpOverload):
+        return False
     returns = op._schema.returns
     return (
         torch.Tag.pointwise in op.tags

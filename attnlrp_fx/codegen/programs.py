@@ -33,7 +33,7 @@ from attnlrp_fx.codegen.unpadded import Unpadded, unpadded
 from attnlrp_fx.graph.operators import outputs_of, placeholders_of
 from attnlrp_fx.passes.mark_latents import markers_of
 from attnlrp_fx.passes.return_latents import RETURNED
-from attnlrp_fx.torch_private import TRACING, typical_size
+from attnlrp_fx.torch_private import TRACING, typical_size, written
 
 Stage = Callable[[str], None]
 
@@ -173,7 +173,8 @@ class Programs:
             seeds = [_seed_port(i, outputs[i]) for i in seeded]
             values, options = self._attributes.values(), self._emit_options(device)
             with TRACING, without_autocast():
-                self._flat[device] = emit(self._rewritten, seeds, values, options).graph_module
+                program = emit(self._rewritten, seeds, values, options)
+                self._flat[device] = written(program.graph_module)
         return self._flat[device]
 
     def planned(self, served: Served) -> tuple[Schedule, MemoryPlan | None]:

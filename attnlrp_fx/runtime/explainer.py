@@ -50,7 +50,7 @@ from attnlrp_fx.targets import (
     default_scores,
     targets_of,
 )
-from attnlrp_fx.torch_private import TRACING
+from attnlrp_fx.torch_private import TRACING, written
 
 
 class ExplainableGraphModule(Inspectable, nn.Module):
@@ -112,12 +112,12 @@ class ExplainableGraphModule(Inspectable, nn.Module):
     @property
     def captured(self) -> fx.GraphModule:
         """What the model does, as it was captured; takes and returns flat lists."""
-        return self._running.convention.graph_module
+        return written(self._running.convention.graph_module)
 
     @property
     def rewritten(self) -> fx.GraphModule:
         """Which rule stands where; takes and returns flat lists, and computes the outputs."""
-        return self._running.rewritten
+        return written(self._running.rewritten)
 
     @property
     def program(self) -> fx.GraphModule:
