@@ -117,7 +117,10 @@ class _Functional:
             return None
         if is_op(node, "as_strided"):
             raise Unsupported
-        return next(leaf for leaf in node.all_input_nodes if self.owner.get(leaf) is owner)
+        found = (leaf for leaf in node.all_input_nodes if self.owner.get(leaf) is owner)
+        if (viewed := next(found, None)) is None:
+            raise Unsupported
+        return viewed
 
     def _write(self, node: fx.Node, args: Any, kwargs: Any) -> None:
         """Compute what an in-place op leaves behind, and take it to the owner of the memory."""
@@ -203,12 +206,26 @@ def _is_only_copied(node: fx.Node) -> bool:
 
 
 def _storage(node: fx.Node) -> int | None:
-    """The memory that a node's value lies in; that of its parts, if it has parts."""
+    """The memory that a node's value lies in; of parts, that of what they are parts of.
+
+    Several new results have memory of their own each, and none in common.
+    """
     value = node.meta.get("val")
     if isinstance(value, list | tuple):
         value = next((part for part in value if isinstance(part, Tensor)), None)
+        taken = [leaf.meta.get("val") for leaf in node.all_input_nodes]
+        if value is None or not any(_share_memory(value, one) for one in taken):
+            return None
     if not isinstance(value, Tensor):
         return None
+    return _memory(value)
+
+
+def _share_memory(one: Tensor, other: Any) -> bool:
+    return isinstance(other, Tensor) and _memory(one) == _memory(other)
+
+
+def _memory(value: Tensor) -> int:
     try:
         return storage_of(value)
     except NotImplementedError as error:  # a tensor of functorch's, left by a vmapped mask

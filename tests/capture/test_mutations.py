@@ -75,10 +75,32 @@ def in_lower_precision(x: Tensor) -> Tensor:
     return low
 
 
-SUPPORTED = [whole, rows, through_views, what_was_read_before, by_index, in_lower_precision]
+def one_of_several(x: Tensor) -> Tensor:
+    """New results have memory of their own each."""
+    values, places = x.topk(2, dim=1)
+    values /= values.sum(1, keepdim=True)
+    return x * values.cos().sum(1, keepdim=True) + places.sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("function", SUPPORTED, ids=lambda f: f.__name__)
+def under_parts(x: Tensor) -> Tensor:
+    """Parts lie in the memory of what they are parts of; with gradients, PyTorch refuses this."""
+    first, second = x.chunk(2, dim=1)
+    x.mul_(2)
+    return first * second
+
+
+SUPPORTED = [
+    whole,
+    rows,
+    through_views,
+    what_was_read_before,
+    by_index,
+    in_lower_precision,
+    one_of_several,
+]
+
+
+@pytest.mark.parametrize("function", [*SUPPORTED, under_parts], ids=lambda f: f.__name__)
 def test_values_stay(function: Callable[[Tensor], Tensor]) -> None:
     model = Writes(function)
     graph_module = graph_of(model, torch.randn(2, 4, 6).double())
