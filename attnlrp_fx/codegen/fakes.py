@@ -142,7 +142,7 @@ def _is_elementwise(op: Any) -> bool:
 def _dtypes(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.dtype, ...]:
     """The dtypes of an op's results."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    return _dtypes_of_kinds(op, spec, tuple(map(_kind, leaves)))
+    return _dtypes_of_kinds(op, spec, tuple(map(_kind, leaves)), torch.get_default_dtype())
 
 
 def _kind(leaf: Any) -> Any:
@@ -157,9 +157,9 @@ def _kind(leaf: Any) -> Any:
 
 @lru_cache(4096)
 def _dtypes_of_kinds(
-    op: Any, spec: pytree.TreeSpec, kinds: tuple[Any, ...]
+    op: Any, spec: pytree.TreeSpec, kinds: tuple[Any, ...], default: torch.dtype
 ) -> tuple[torch.dtype, ...]:
-    """The same, of tensors with one element."""
+    """The same, of tensors with one element; integers may become the default dtype."""
     with outside_of_tracing(), new_fake_mode():
         leaves = [
             torch.empty([1] * kind[1], dtype=kind[0], device=kind[2]) if len(kind) == 3 else kind[1]

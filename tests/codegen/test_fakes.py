@@ -185,6 +185,19 @@ def test_known_values_are_left_to_pytorch() -> None:
         assert fake_result(aten.neg.default, (known,), {}) is NotImplemented
 
 
+def test_integers_become_the_default_dtype() -> None:
+    def half(x: Tensor) -> Tensor:
+        return x / 2
+
+    for dtype in (torch.float32, torch.float64):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            assert result(half, X, dtype=torch.int64).dtype is dtype
+        finally:
+            torch.set_default_dtype(before)
+
+
 def test_views_that_do_not_fit_fail_as_they_do() -> None:
     with pytest.raises(Exception, match=r"size|shape|view"):
         result(lambda x: x.view(x.shape[0], 3), ("b", 8))
