@@ -98,9 +98,12 @@ def _view(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not _is_contiguous(value):
         return NotImplemented
     count, sizes = value.numel(), list(shape)
-    if sizes.count(-1) == 1:
-        rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = count // rest if rest != 0 else 0
+    inferred = [i for i, size in enumerate(sizes) if isinstance(size, int) and size == -1]
+    if inferred:
+        rest = math.prod(size for i, size in enumerate(sizes) if i not in inferred)
+        if isinstance(rest, int) and rest == 0:
+            return NotImplemented
+        sizes[inferred[0]] = count // rest
     if expression_of(math.prod(sizes)) != expression_of(count):
         return NotImplemented
     return torch.as_strided(value, sizes, [math.prod(sizes[i + 1 :]) for i in range(len(sizes))])
