@@ -276,8 +276,8 @@ def _differences(scores: Scores, task: str) -> dict[str, list[float]]:
 
 
 def candidates() -> dict[str, Composite]:
-    """One or two changes each to AttnLRP's rules, or CP-LRP's."""
-    base, held = COMPOSITES["attnlrp"], COMPOSITES["cp-lrp"]
+    """One or two changes each to the rules of AttnLRP, CP-LRP or "best"."""
+    base, held, best = (COMPOSITES[name] for name in ("attnlrp", "cp-lrp", "best"))
     gate = (Match(role=Role.GATE), Constant())
     join = (Match(role=Role.JOIN), Join("magnitude"))
 
@@ -306,22 +306,24 @@ def candidates() -> dict[str, Composite]:
         "cp-lrp, γ 0.1 in dense layers": (held, (dense(Gamma(0.1)),)),
         "cp-lrp, ε 0.1 in dense layers": (held, (dense(Epsilon(0.1)),)),
         "cp-lrp, z⁺ in dense layers": (held, (dense(ZPlus()),)),
+        "cp-lrp, gradient of activations": (held, (gradient(Kind.ACTIVATION),)),
+        "best, gradient of activations": (best, (gradient(Kind.ACTIVATION),)),
         "integrated, attention weights 0.5": (base, (attention(0.5, 8),)),
         "integrated, attention weights 0.75": (base, (attention(0.75, 8),)),
         "integrated, attention weights 0.5, gates constant": (base, (attention(0.5, 8), gate)),
         "integrated, attention weights 0.25, gates constant": (base, (attention(0.25, 8), gate)),
     }
     changed = {name: start.with_rules(*entries) for name, (start, entries) in changes.items()}
-    return {"attnlrp": base, "cp-lrp": held, "best": COMPOSITES["best"], **changed}
+    return {"attnlrp": base, "cp-lrp": held, "best": best, **changed}
 
 
 def search(tasks: list[str], samples: int, names: Collection[str], console: Console) -> None:
     """ΔA^F of candidate rules on samples that the table does not use.
 
     Args:
-        tasks: names of tasks; a candidate that was measured on as many samples is not measured
-            again, and one on another number is, for the samples may be others.
-        samples: how many.
+        tasks: names of tasks.
+        samples: how many; another number may be other samples. A candidate that was measured on as
+            many is not measured again.
         names: which candidates; all if empty. AttnLRP is always among them.
         console: where the table goes, beside `results/search.md` and `.json`.
     """
@@ -335,8 +337,8 @@ def search(tasks: list[str], samples: int, names: Collection[str], console: Cons
         if not names or name in {"attnlrp", *names}
     }
     for name in tasks:
-        found = state.setdefault(name, {})
-        todo = [n for n in chosen if len(found.get(n, [])) != samples]
+        found = state.setdefault(f"{name}, {samples} samples", {})
+        todo = [n for n in chosen if n not in found]
         prepared = TASKS[name].prepare(samples, 1) if todo else None
         for candidate in todo:
             assert prepared is not None
@@ -357,14 +359,12 @@ def searched(state: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Markdown: ΔA^F of each candidate, and how far it is ahead of AttnLRP on the same samples."""
     parts = []
     for task, found in state.items():
-        lines = [f"{task}", "", "| rules | ΔA^F | ahead of attnlrp, paired | samples |"]
-        lines.append("|---" * 4 + "|")
-        same = [name for name in found if len(found[name]) == len(found["attnlrp"])]
-        for name in sorted(same, key=lambda name: -interval(found[name]).mean):
+        lines = [task, "", "| rules | ΔA^F | ahead of attnlrp, paired |", "|---" * 3 + "|"]
+        for name in sorted(found, key=lambda name: -interval(found[name]).mean):
             mean = interval(found[name])
             gap = paired_difference(found[name], found["attnlrp"])
             ahead = f"{gap.mean:.2f} ({gap.low:.2f} to {gap.high:.2f})"
-            cells = (name, f"{mean.mean:.2f} ± {mean.reach:.2f}", ahead, str(len(found[name])))
+            cells = (name, f"{mean.mean:.2f} ± {mean.reach:.2f}", ahead)
             lines.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"

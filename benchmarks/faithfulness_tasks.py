@@ -230,7 +230,7 @@ def _known(name: str) -> Callable[[int, int], Prepared]:
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        Task("lm", language_model, 60, 4, 16.0),
+        Task("lm", language_model, 160, 16, 80.0),
         Task("sentiment", sentiment, 100, 100, 2.0, probabilities=True, absolute=True),
         Task("movies", _fine_tuned("movies"), 60, 20, 3.0),
         Task("mails", _fine_tuned("mails"), 60, 20, 5.0),

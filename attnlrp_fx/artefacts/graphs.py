@@ -5,6 +5,7 @@ the rest is an error: no subgraphs, no custom objects, no ops but PyTorch's own 
 and arithmetic of sizes). Types are checked, names are looked up in tables, and nothing is run.
 """
 
+import json
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -181,6 +182,8 @@ class _Reader:
         self.written, self.sizes, self.root, self.moved = written, sizes, root, moved
         self.graph = fx.Graph()
         self.nodes: dict[str, fx.Node] = {}
+        self.alike: dict[Any, Tensor] = {}
+        """A value of each layout that there is: making one of symbolic sizes takes long."""
 
     def read(self, signature: Mapping[str, Any], inputs: Sequence[str]) -> fx.GraphModule:
         names = [given["as_tensor"]["name"] for given in self.written["inputs"]]
@@ -266,7 +269,12 @@ class _Reader:
             return None
         name = self._output_name(written)
         if kind == "as_tensor":
-            return self._tensor_value(name)
+            described = self.written["tensor_values"][name]
+            layout = json.dumps({k: v for k, v in described.items() if k != "requires_grad"})
+            if layout not in self.alike:
+                self.alike[layout] = self._tensor_value(name)
+            with self.sizes.mode, torch.no_grad():
+                return self.alike[layout].detach()
         if kind == "as_sym_int":
             return self._size(self.written["sym_int_values"][name])
         raise ValueError(f"an op returns {kind}")
@@ -275,13 +283,11 @@ class _Reader:
         described = self.written["tensor_values"][name]
         if described["layout"] != _STRIDED:
             raise ValueError(f"value '{name}' is not strided")
+        shape = tuple(map(self._size, described["sizes"]))
+        strides = tuple(map(self._size, described["strides"]))
+        dtype, device = DTYPES[described["dtype"]], self._device(described["device"])
         with self.sizes.mode:
-            return torch.empty_strided(
-                tuple(map(self._size, described["sizes"])),
-                tuple(map(self._size, described["strides"])),
-                dtype=DTYPES[described["dtype"]],
-                device=self._device(described["device"]),
-            )
+            return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
     def _device(self, written: Mapping[str, Any]) -> torch.device:
         index = written["index"]

@@ -153,7 +153,8 @@ def emit(
             for name, value in attributes.items()
         }
         inputs = [_on(node.meta["val"], options.device) for node in placeholders]
-        given = [_on(outputs[p.place].meta["val"], options.device, p.dtype) for p in seeds]
+        # Values may share memory that stand for it alone; what a program takes may not.
+        given = [fresh(_on(outputs[p.place].meta["val"], options.device, p.dtype)) for p in seeds]
         trace = Trace(
             [
                 *(Input("attribute", name, value) for name, value in fakes.items()),
