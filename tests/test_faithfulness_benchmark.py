@@ -97,9 +97,10 @@ def test_search(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     quiet = Console(quiet=True)
     benchmark.search(["small"], 12, ["gates constant"], quiet)
     lines = (tmp_path / "search.md").read_text().splitlines()
-    assert lines[2] == "| rules | ΔA^F | ahead of attnlrp, paired | samples |"
+    assert lines[0] == "small, 12 samples"
+    assert lines[2] == "| rules | ΔA^F | ahead of attnlrp, paired |"
     assert {line.split(" | ")[0] for line in lines[4:]} == {"| attnlrp", "| gates constant"}
-    assert all("0.00 (0.00 to 0.00) | 12 |" in line for line in lines[4:])  # there is no gate
+    assert all("0.00 (0.00 to 0.00) |" in line for line in lines[4:])  # there is no gate
 
     def never(*_: object) -> None:
         raise AssertionError("measured again")
@@ -109,4 +110,5 @@ def test_search(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(AssertionError, match="measured again"):
         benchmark.search(["small"], 13, ["gates constant"], quiet)
     numbers = json.loads((tmp_path / "search.json").read_text())
-    assert numbers["small"]["attnlrp"] == numbers["small"]["gates constant"]
+    found = numbers["small, 12 samples"]
+    assert found["attnlrp"] == found["gates constant"]
