@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from attnlrp_fx.calculus.tape import Runner
 from attnlrp_fx.calculus.weights import Weight
@@ -36,6 +37,9 @@ from attnlrp_fx.runtime.modes import computing
 from attnlrp_fx.runtime.seeding import Seeds, entering, kinds_of, seeds_of
 from attnlrp_fx.targets import (
     Chosen,
+    Contrast,
+    Logit,
+    LogProb,
     Outputs,
     Target,
     as_target,
@@ -369,8 +373,15 @@ class Running:
         return self._seeded[kind]
 
     def _example_outputs(self, example: Mapping[str, Tensor]) -> list[Any]:
-        """The flat outputs for the example; with latent values, where the target is one."""
+        """The flat outputs for the example; with latent values, where the target is one.
+
+        Which outputs a logit is read from, their sizes tell.
+        """
         graph, inputs = self.convention.graph_module, [*example.values()]
+        if isinstance(self.target, Logit | Contrast | LogProb):
+            values = [getattr(node, "meta", {}).get("val") for node in outputs_of(graph.graph)]
+            if not any(isinstance(v, Tensor) and free_unbacked_symbols(v) for v in values):
+                return [self._zeros(value, self._sizes(example)) for value in values]
         if isinstance(self.target, Neuron):
             graph, inputs = self.rewritten, [*inputs, *self.edits(example).values()]
         device = self.attributes.device()
@@ -378,6 +389,13 @@ class Running:
         tensors = Attributes(self.model, graph).values(device)  # the model's as they are now
         run = Runner(graph, tensors, moved).run
         return list(run(*inputs))
+
+    def _zeros(self, like: Any, sizes: Mapping[str, int]) -> Any:
+        """A tensor of zeros in the place of a fake one; anything else as it is."""
+        if not isinstance(like, Tensor):
+            return like
+        shape = [int(typical_size(size, 1, sizes)) for size in like.shape]
+        return torch.zeros(shape, dtype=like.dtype, device=self.attributes.device())
 
     def _classes(self, flat: Sequence[Any], seeded: Iterable[int]) -> tuple[int, bool]:
         """How many classes the explained output has, and whether they are tokens."""

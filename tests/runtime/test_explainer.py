@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import attnlrp_fx
 from attnlrp_fx import Contrast, Explanation, InputError, Logit, LogProb, NonFiniteError
+from attnlrp_fx.calculus.tape import Runner
 
 F64 = torch.float64
 SIZES = [(1, 1), (1, 6), (4, 1), (5, 13)]
@@ -469,3 +470,19 @@ def test_with_composite() -> None:
         plain.with_composite("magic")
     model.to("meta")
     assert plain.with_composite("gradient")._running.programs.captured_device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "target", [Logit(1), Contrast(1, 0), LogProb(1), lambda out: out.logits[:, 1]]
+)
+def test_the_model_runs_at_compilation_for_functions_alone(
+    monkeypatch: pytest.MonkeyPatch, target: Any
+) -> None:
+    """Which outputs a function reads, only calling it tells; of a logit their sizes do."""
+    graphs, run = [], Runner.run
+    monkeypatch.setattr(Runner, "run", lambda self, *x: graphs.append(self.module) or run(self, *x))
+    case = BY_NAME["bert"]
+    model, inputs = case.model(), case.example(1, 5)
+    explainer = attnlrp_fx.compile(model, inputs, target=target, backend="eager")
+    assert (explainer.captured in graphs) == callable(target)
+    assert explainer(**inputs).relevance["input_ids"].shape == (1, 5)
