@@ -21,7 +21,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
 SLICE = {
     "gpt_oss": "experts: softmax of the chosen, attention sinks, interleaved GLU",
     "deepseek_v3": "experts: sigmoid router with a bias, shared experts; latent attention",
-    "olmoe": "experts: softmax over all, query and key norms",
     "mamba": "a selective scan, as a loop",
     "mamba2": "a selective scan, in parallel",
     "recurrent_gemma": "a gated linear recurrence beside local attention",
@@ -29,8 +28,6 @@ SLICE = {
     "nn.LSTM-tagger": "a bidirectional LSTM on tokens",
     "deberta-v2": "keys and queries of relative positions",
     "bloom": "ALiBi",
-    "gemma2": "logits and scores capped by tanh",
-    "marian": "an encoder and a decoder, scaled embeddings, sinusoidal positions",
     "swin": "shifted windows, patch merging",
     "convnext": "layer norm over channels, layer scale",
     "segformer": "reduced keys, maps of several scales joined",
