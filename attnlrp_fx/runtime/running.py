@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from attnlrp_fx.calculus.tape import Runner
@@ -379,7 +379,8 @@ class Running:
         """
         graph, inputs = self.convention.graph_module, [*example.values()]
         if isinstance(self.target, Logit | Contrast | LogProb):
-            values = [getattr(node, "meta", {}).get("val") for node in outputs_of(graph.graph)]
+            outputs = outputs_of(graph.graph)
+            values = [o.meta["val"] if isinstance(o, fx.Node) else o for o in outputs]
             if not any(isinstance(v, Tensor) and free_unbacked_symbols(v) for v in values):
                 return [self._zeros(value, self._sizes(example)) for value in values]
         if isinstance(self.target, Neuron):
