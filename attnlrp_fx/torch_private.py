@@ -4,8 +4,11 @@
   which would tie the batch to whatever else has its size; only a private setting turns that off.
 - `nothing_remembered`: PyTorch remembers what ops make of fake tensors; with symbolic sizes looking
   it up takes longer than finding it anew.
-- `inductor`: compiling a graph that nobody will differentiate, with the symbols of its own
-  placeholders, needs `standalone_compile`, exported from `torch._inductor` without documentation.
+- `inductor`, `inductor_lowered`, `inductor_decompositions`: compiling a graph that nobody will
+  differentiate, with the symbols of its own placeholders. `standalone_compile`, exported from
+  `torch._inductor` without documentation, traces it twice before; `compile_fx_forward` takes what
+  is functional, and written out in the ops that Inductor has, as it is.
+- `kernels_meanwhile`: Inductor waits for the kernels of each graph before it takes the next.
 - `fake_mode_of`, `fresh`: the fake-tensor mode of a captured graph, in which it is traced again,
   so that both share their symbols; a fake tensor that is no view, which Inductor cannot take in.
 - `is_plain_fake`: whether a fake tensor has sizes alone, so that what an op makes of it has, too.
@@ -33,17 +36,22 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import lru_cache
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import lru_cache, partial
+from itertools import count
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import sympy
 import torch
 import torch._dynamo.config as dynamo_config
+import torch._inductor.config as inductor_config
 import torch.fx.experimental._config as symbolic_shapes_config
 from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import TracingContext, tracing
 from torch._inductor import standalone_compile
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
@@ -328,12 +336,104 @@ def expression_of(size: int | torch.SymInt | torch.SymFloat | torch.SymBool) -> 
     return sympy.sympify(size) if isinstance(size, int) else size.node.expr
 
 
+class _Arithmetic(PythonReferenceAnalysis):
+    """What sizes are computed with; PyTorch divides whole numbers in expressions of sympy alone."""
+
+    @staticmethod
+    def int_truediv(one: Any, other: Any) -> Any:
+        return one / other
+
+
 def with_values(expression: Any, values: Mapping[Any, Any]) -> Any:
     """An expression with values put in for its symbols: anything that has Python's operators."""
-    return sympy_interp(PythonReferenceAnalysis, dict(values), expression)
+    return sympy_interp(_Arithmetic, dict(values), expression)
 
 
 def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """Compile a graph of ATen ops with Inductor, dynamic where its placeholders are symbolic."""
     with torch.no_grad(), unlike_symbols():
         return standalone_compile(graph_module, list(inputs), dynamic_shapes="from_graph")
+
+
+def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """How Inductor has ops written out that it has no lowering for, by overload."""
+    from torch._inductor.decomposition import select_decomp_table  # It takes a second.
+
+    table: Mapping[Any, Callable[..., Any]] = select_decomp_table()
+    return table
+
+
+_GRAPHS = count()
+"""Numbers that tell graphs apart where Inductor records them for CUDA."""
+
+
+def inductor_lowered(graph_module: fx.GraphModule) -> Callable[..., Any]:
+    """Compile a graph that is functional, and written out, and runs no other graph.
+
+    Args:
+        graph_module: it; its outputs are laid out as its metadata says.
+    """
+    from torch._inductor.compile_fx import compile_fx_forward  # It takes a second, all of it.
+    from torch._inductor.cudagraph_utils import BoxedDeviceIndex
+    from torch._inductor.lowering import fallback_handler, lowerings
+    from torch._inductor.utils import BoxedBool
+    from torch._inductor.virtualized import V
+
+    convolution_backward = torch.ops.aten.convolution_backward.default
+    # Inductor's own lowering, since torch 2.13, takes the example's sizes for the only ones.
+    called = {
+        convolution_backward: fallback_handler(convolution_backward, add_to_fallback_set=False)
+    }
+
+    mode = fake_mode_of(graph_module)
+    inputs = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
+    (output,) = graph_module.graph.find_nodes(op="output")
+    extra: Any = SimpleNamespace(
+        cudagraphs=BoxedBool(inductor_config.triton.cudagraphs),
+        graph_id=next(_GRAPHS),
+        forward_device=BoxedDeviceIndex(None),
+    )
+    with ExitStack() as stack:
+        for context in (
+            torch.no_grad(),
+            unlike_symbols(),
+            tracing(TracingContext(mode)),
+            V.set_fake_mode(mode),
+            patch.dict(lowerings, called),
+            enable_python_dispatcher(),
+        ):
+            stack.enter_context(context)
+        compiled = compile_fx_forward(
+            graph_module,
+            inputs,
+            num_orig_model_outputs=len(output.args[0]),
+            num_example_inputs=len(inputs),
+            compiler_config_extra=extra,
+            is_inference=True,
+        )
+    return lambda *arguments: compiled(list(arguments))
+
+
+@contextmanager
+def kernels_meanwhile() -> Iterator[None]:
+    """Inductor takes the next graph while the last one's kernels are compiled by its processes.
+
+    They are ready when the context ends. Elsewhere, and in other threads, it waits for them.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+
+    waiting: list[Callable[[], None]] = []
+    wait, here = AsyncCompile.wait, threading.get_ident()
+
+    def later(self: Any, scope: dict[str, Any]) -> None:
+        finish = partial(wait, self, scope)
+        waiting.append(finish) if threading.get_ident() == here else finish()
+
+    patched: Any = AsyncCompile
+    patched.wait = later
+    try:
+        yield
+    finally:
+        patched.wait = wait
+    for finish in waiting:
+        finish()

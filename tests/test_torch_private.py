@@ -1,6 +1,9 @@
 """Each use of PyTorch's private API, alone: an upgrade that breaks one fails here, by its name."""
 
 import inspect
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from unittest import mock
 
@@ -9,6 +12,8 @@ import sympy
 import torch
 from references import Function
 from torch import Tensor, fx, nn
+from torch._inductor import async_compile as torch_async_compile
+from torch._inductor.async_compile import AsyncCompile
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -18,6 +23,7 @@ from torch.utils._sympy.functions import FloorDiv
 import attnlrp_fx
 from attnlrp_fx import torch_private
 from attnlrp_fx.capture.capture import capture
+from attnlrp_fx.codegen.trace import written_out
 
 
 def _three_ops(x: Tensor, y: Tensor) -> Tensor:
@@ -74,6 +80,9 @@ def test_every_function_is_tested() -> None:
         "grows_with",
         "decompositions",
         "inductor",
+        "inductor_decompositions",
+        "inductor_lowered",
+        "kernels_meanwhile",
         "fake_mode_of",
         "fresh",
         "new_fake_mode",
@@ -224,11 +233,7 @@ def test_sizes_that_divide_by_zero() -> None:
     assert torch_private.fails(assumption, {"s0": 12})
 
 
-def test_inductor() -> None:
-    """One compilation of a graph with symbolic sizes runs at any, batch 1 and equal sizes too."""
-    graph_module = _captured(SAME)
-    examples = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
-    compiled = torch_private.inductor(graph_module, examples)
+def _runs_at_any_size(compiled: Callable[..., Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     for batch, width, columns in [(4, 4, 4), (1, 5, 3), (7, 2, 11), (3, 3, 1)]:
         x = torch.randn(batch, width, generator=generator)
@@ -236,6 +241,56 @@ def test_inductor() -> None:
         with torch.no_grad():
             (found,) = compiled(x, y)
         assert_close(found, _three_ops(x, y))
+
+
+def test_inductor() -> None:
+    """One compilation of a graph with symbolic sizes runs at any, batch 1 and equal sizes too."""
+    graph_module = _captured(SAME)
+    examples = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
+    _runs_at_any_size(torch_private.inductor(graph_module, examples))
+
+
+def test_inductor_lowered() -> None:
+    """The same of a graph that nobody traces again, whose kernels are compiled meanwhile."""
+    graph_module = written_out(_captured(SAME), torch_private.inductor_decompositions())
+    waited = AsyncCompile.wait
+    with torch_private.kernels_meanwhile():
+        compiled = torch_private.inductor_lowered(graph_module)
+    assert AsyncCompile.wait is waited
+    _runs_at_any_size(compiled)
+
+
+def test_inductor_decompositions() -> None:
+    """Inductor has no lowering for the derivative of SiLU, and has it written out."""
+    parts = torch_private.inductor_decompositions()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    arguments = torch.randn_like(x), x
+    found = parts[torch.ops.aten.silu_backward.default](*arguments)
+    assert_close(found, torch.ops.aten.silu_backward(*arguments))
+
+
+def test_kernels_meanwhile() -> None:
+    """What waits for kernels does when the context ends; in another thread, and after, at once."""
+    order: list[str] = []
+
+    class Kernels(AsyncCompile):
+        def _wait_futures(self, scope: dict[str, Any]) -> None:
+            order.append(scope["name"])
+
+    with mock.patch.object(torch_async_compile, "get_compile_threads", return_value=2):
+        with torch_private.kernels_meanwhile():
+            Kernels().wait({"name": "first"})
+            Kernels().wait({"name": "second"})
+            other = threading.Thread(target=Kernels().wait, args=({"name": "another thread's"},))
+            other.start()
+            other.join()
+            order.append("the end")
+        Kernels().wait({"name": "after"})
+        with suppress(KeyError), torch_private.kernels_meanwhile():
+            Kernels().wait({"name": "never"})
+            raise KeyError
+        Kernels().wait({"name": "last"})
+    assert order == ["another thread's", "the end", "first", "second", "after", "last"]
 
 
 def test_fresh_is_nobodys_view() -> None:

@@ -7,13 +7,15 @@ What autograd goes through is compiled by `torch.compile`, which makes a program
 as well. It does so at the first call, and once more without gradients if it is called without.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from attnlrp_fx import torch_private
+from attnlrp_fx.codegen.trace import written_out
 from attnlrp_fx.errors import BackendError
 
 Runnable = Callable[..., Any]
@@ -25,7 +27,19 @@ def eager(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
     return graph_module.forward
 
 
-BACKENDS: Mapping[str, Backend] = {"eager": eager, "inductor": torch_private.inductor}
+def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
+    """Compiled by Inductor.
+
+    AOTAutograd, which traces graphs twice to make them functional and to write ops out, is left
+    out: a program is functional, and traced here once more. Not so the branches of `torch.cond`.
+    """
+    if any(isinstance(part, fx.GraphModule) for part in graph_module.children()):
+        return torch_private.inductor(torch_private.written(graph_module), inputs)
+    parts = torch_private.inductor_decompositions()
+    return torch_private.inductor_lowered(written_out(graph_module, parts))
+
+
+BACKENDS: Mapping[str, Backend] = {"eager": eager, "inductor": inductor}
 
 
 def backend_named(backend: str | Backend) -> Backend:
@@ -60,16 +74,27 @@ def compile_differentiable(graph_module: fx.GraphModule, backend: str | Backend)
     return runnable
 
 
-def compile_graph(graph_module: fx.GraphModule, backend: str | Backend) -> Runnable:
-    """Make a program graph runnable.
+def compile_graphs(
+    graph_modules: Iterable[fx.GraphModule], backend: str | Backend, device: torch.device
+) -> dict[fx.GraphModule, Runnable]:
+    """Make program graphs runnable that run on a device.
 
     Raises:
         BackendError: the backend failed; the message names its own error.
     """
-    inputs = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
     compiler = backend_named(backend)
+    # On GPUs it may run kernels to choose among them.
+    is_unhurried = compiler is inductor and device.type == "cpu"
+    meanwhile = torch_private.kernels_meanwhile if is_unhurried else nullcontext
     try:
-        return compiler(torch_private.written(graph_module), inputs)
+        with meanwhile():
+            return {
+                half: compiler(
+                    torch_private.written(half),
+                    [node.meta["val"] for node in half.graph.find_nodes(op="placeholder")],
+                )
+                for half in graph_modules
+            }
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]
         raise BackendError(

@@ -118,7 +118,7 @@ def _elementwise(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     whole = next((i for i, w in enumerate(shapes) if all(_fits(s, w) for s in shapes)), None)
     # The first that is as large as the result gives it its strides, unless one before it does.
     if whole is None or not (
-        all(map(_is_contiguous, laid_out)) or (whole == 0 and _is_dense(laid_out[0]))
+        all(map(_is_contiguous, laid_out)) or (whole == 0 and order_of(laid_out[0]) is not None)
     ):
         return NotImplemented
     like = laid_out[whole]
@@ -175,25 +175,26 @@ def _dtypes_of_kinds(
         return tuple(value.dtype for value in pytree.tree_leaves(results))
 
 
+def order_of(value: Tensor) -> tuple[int, ...] | None:
+    """Dimensions by stride, largest first; None if there may be gaps or overlaps between them."""
+    return _order(_shape(value), strides_of(value))
+
+
+def strides_of(value: Tensor) -> Expressions:
+    """Strides as expressions."""
+    return tuple(map(expression_of, value.stride()))
+
+
 def _is_contiguous(value: Tensor) -> bool:
-    return _order(_shape(value), _strides(value)) == tuple(range(value.dim()))
-
-
-def _is_dense(value: Tensor) -> bool:
-    return _order(_shape(value), _strides(value)) is not None
+    return order_of(value) == tuple(range(value.dim()))
 
 
 def _shape(value: Tensor) -> Expressions:
     return tuple(map(expression_of, value.shape))
 
 
-def _strides(value: Tensor) -> Expressions:
-    return tuple(map(expression_of, value.stride()))
-
-
 @lru_cache(4096)
 def _order(shape: Expressions, strides: Expressions) -> tuple[int, ...] | None:
-    """Dimensions by stride, largest first; None if there may be gaps or overlaps between them."""
     order: list[int] = []
     expected, left = expression_of(1), list(range(len(shape)))
     while left:

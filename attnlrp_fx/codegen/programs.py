@@ -19,7 +19,7 @@ from attnlrp_fx.calculus.tape import Channel
 from attnlrp_fx.capture.autocast import without_autocast
 from attnlrp_fx.capture.capture import Captured
 from attnlrp_fx.codegen.attributes import Attributes, Derived
-from attnlrp_fx.codegen.backends import Backend, Runnable, compile_differentiable, compile_graph
+from attnlrp_fx.codegen.backends import Backend, Runnable, compile_differentiable, compile_graphs
 from attnlrp_fx.codegen.emit import EmitOptions, Port, emit
 from attnlrp_fx.codegen.heads import head_of
 from attnlrp_fx.codegen.memory import Memory, MemoryPlan, planned
@@ -230,10 +230,13 @@ class Programs:
         backend = "eager" if served.device.type == "meta" else self._options.backend
         traced = time.perf_counter()
         stage("compiling the program")
-        halves = [step.graph_module for step in (*made.forward, *made.relevance)]
-        halves += [kept.program.derived for kept in made.derived if kept.program.derived]
-        compiler = compile_differentiable if self._options.differentiable else compile_graph
-        runnables = {half: compiler(half, backend) for half in dict.fromkeys(halves)}
+        steps = (*made.forward, *made.relevance)
+        derived_too = [kept.program.derived for kept in made.derived if kept.program.derived]
+        halves = dict.fromkeys([*(step.graph_module for step in steps), *derived_too])
+        if self._options.differentiable:
+            runnables = {half: compile_differentiable(half, backend) for half in halves}
+        else:
+            runnables = compile_graphs(halves, backend, served.device)
         derived = tuple(
             (Derived(*_inputs_and_values(kept), runnables[kept.program.derived]), kept.slots)
             for kept in made.derived

@@ -15,9 +15,16 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnlrp_fx.codegen.fakes import fake_result
+from attnlrp_fx.codegen.fakes import fake_result, order_of, strides_of
 from attnlrp_fx.codegen.sizes import Sizes
-from attnlrp_fx.torch_private import composite, lazy_graph_module, symbolic_dispatch
+from attnlrp_fx.graph.operators import outputs_of
+from attnlrp_fx.torch_private import (
+    composite,
+    fake_mode_of,
+    lazy_graph_module,
+    nothing_remembered,
+    symbolic_dispatch,
+)
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -124,6 +131,34 @@ class Trace:
         node.meta["val"] = value
         self._nodes[id(value)] = node
         return node
+
+
+def written_out(program: fx.GraphModule, parts: Mapping[Any, Callable[..., Any]]) -> fx.GraphModule:
+    """A traced program with ops written out in others; what it returns is laid out as before.
+
+    Args:
+        program: it is left as it is.
+        parts: how to write ops out, by overload.
+    """
+    placeholders = program.graph.find_nodes(op="placeholder")
+    trace = Trace([Input("input", n.name, n.meta["val"]) for n in placeholders], parts)
+    mode = fake_mode_of(program)
+    with nothing_remembered(mode), mode, torch.no_grad(), trace.recording():
+        found = fx.Interpreter(program).run(*(node.meta["val"] for node in placeholders))
+        expected = fx.map_arg(outputs_of(program.graph), lambda node: node.meta["val"])
+        results = [_laid_out(*pair) for pair in zip(found, expected, strict=True)]
+    return trace.graph_module(results)
+
+
+def _laid_out(value: Any, like: Any) -> Any:
+    """A value with the strides of another of its shape, copied if need be."""
+    if not isinstance(value, Tensor) or strides_of(value) == strides_of(like):
+        return value
+    order = order_of(like)
+    if order is None:
+        return value
+    copy = value.permute(order).clone(memory_format=torch.contiguous_format)
+    return copy.permute([order.index(dim) for dim in range(value.dim())])
 
 
 class _Recorder(TorchDispatchMode):

@@ -156,10 +156,11 @@ class Branching(nn.Module):
         return self.layer(x) * scale[:, None]
 
 
-def test_branches_that_carry_no_relevance() -> None:
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_branches_that_carry_no_relevance(backend: str) -> None:
     torch.manual_seed(0)
     model, x, lengths = Branching().eval(), torch.randn(3, 4), torch.tensor([1, 2, 3])
-    explainer = attnlrp_fx.compile(model, (x, lengths), backend="eager", target=1)
+    explainer = attnlrp_fx.compile(model, (x, lengths), backend=backend, target=1)
     for given in (lengths, lengths + 1):
         scale = given.float() * 2 if given.sum() > 6 else given.float() + 1
         expected = x * model.layer.weight[1] * scale[:, None]
