@@ -388,6 +388,13 @@ def inductor_lowered(graph_module: fx.GraphModule) -> Callable[..., Any]:
     mode = fake_mode_of(graph_module)
     inputs = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
     (output,) = graph_module.graph.find_nodes(op="output")
+    # What convolutions make it lays out as it likes, and with it the views of that.
+    returns_views = any(
+        value._is_view()
+        for value in fx.map_arg(output.args[0], lambda node: node.meta["val"])
+        if isinstance(value, Tensor)
+    )
+    is_free = inductor_config.layout_optimization and not returns_views
     extra: Any = SimpleNamespace(
         cudagraphs=BoxedBool(inductor_config.triton.cudagraphs),
         graph_id=next(_GRAPHS),
@@ -400,6 +407,7 @@ def inductor_lowered(graph_module: fx.GraphModule) -> Callable[..., Any]:
             tracing(TracingContext(mode)),
             V.set_fake_mode(mode),
             patch.dict(lowerings, called),
+            inductor_config.patch(layout_optimization=is_free),
             enable_python_dispatcher(),
         ):
             stack.enter_context(context)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._pytree import tree_leaves
 
 from attnlrp_fx import torch_private
 from attnlrp_fx.codegen.trace import written_out
@@ -31,12 +33,19 @@ def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
     """Compiled by Inductor.
 
     AOTAutograd, which traces graphs twice to make them functional and to write ops out, is left
-    out: a program is functional, and traced here once more. Not so the branches of `torch.cond`.
+    out: a program is functional, and traced here once more. Not so the branches of `torch.cond`,
+    and not where a size depends on values: it would have another symbol each time.
     """
-    if any(isinstance(part, fx.GraphModule) for part in graph_module.children()):
+    has_branches = any(isinstance(part, fx.GraphModule) for part in graph_module.children())
+    if has_branches or any(map(_depends_on_values, graph_module.graph.nodes)):
         return torch_private.inductor(torch_private.written(graph_module), inputs)
     parts = torch_private.inductor_decompositions()
     return torch_private.inductor_lowered(written_out(graph_module, parts))
+
+
+def _depends_on_values(node: fx.Node) -> bool:
+    """Whether a size is only known when a program runs, as how many elements are not zero."""
+    return bool(free_unbacked_symbols(tree_leaves(node.meta.get("val"))))
 
 
 BACKENDS: Mapping[str, Backend] = {"eager": eager, "inductor": inductor}

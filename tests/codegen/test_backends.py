@@ -42,8 +42,32 @@ def test_convolutions_at_other_lengths(tmp_path, monkeypatch) -> None:
     assert compiled.compilations == 1
 
 
-def test_a_backend_that_fails(monkeypatch) -> None:
-    """Whose kernels fail after all programs were made, as well."""
+class Gated(nn.Module):
+    """One half of what a convolution makes weighs the other, in place of either alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        maps = self.maps(pixels)
+        return self.head((maps[:, :1] * maps[:, 1:]).mean((2, 3)))
+
+
+def test_views_of_what_a_convolution_makes() -> None:
+    """One program hands them to another, that is compiled for their layout."""
+    torch.manual_seed(0)
+    model, pixels = Gated().eval(), torch.randn(2, 3, 8, 8)
+    found, expected = (
+        attnlrp_fx.compile(model, pixels, backend=backend)(pixels).relevance["pixels"]
+        for backend in ("inductor", "eager")
+    )
+    assert relative(found, expected) <= 1e-5
+
+
+def test_a_backend_that_fails() -> None:
+    """The error names its reason."""
 
     def fails(graph_module, inputs):
         raise RuntimeError("no compiler here\nand more")
