@@ -37,7 +37,7 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -426,22 +426,23 @@ def inductor_lowered(graph_module: fx.GraphModule) -> Callable[..., Any]:
 def kernels_meanwhile() -> Iterator[None]:
     """Inductor takes the next graph while the last one's kernels are compiled by its processes.
 
-    They are ready when the context ends. Elsewhere, and in other threads, it waits for them.
+    They are ready when the context ends, by an error too: PyTorch remembers what it has made. In
+    other threads it waits for them.
     """
     from torch._inductor.async_compile import AsyncCompile
 
-    waiting: list[Callable[[], None]] = []
-    wait, here = AsyncCompile.wait, threading.get_ident()
-
-    def later(self: Any, scope: dict[str, Any]) -> None:
-        finish = partial(wait, self, scope)
-        waiting.append(finish) if threading.get_ident() == here else finish()
-
     patched: Any = AsyncCompile
-    patched.wait = later
-    try:
-        yield
-    finally:
-        patched.wait = wait
-    for finish in waiting:
-        finish()
+    wait, here = AsyncCompile.wait, threading.get_ident()
+    with ExitStack() as waiting:
+
+        def later(self: Any, scope: dict[str, Any]) -> None:
+            if threading.get_ident() == here:
+                waiting.callback(wait, self, scope)
+            else:
+                wait(self, scope)
+
+        patched.wait = later
+        try:
+            yield
+        finally:
+            patched.wait = wait

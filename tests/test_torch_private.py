@@ -270,7 +270,7 @@ def test_inductor_decompositions() -> None:
 
 
 def test_kernels_meanwhile() -> None:
-    """What waits for kernels does when the context ends; in another thread, and after, at once."""
+    """What waits for kernels does when the context ends, by an error too; elsewhere at once."""
     order: list[str] = []
 
     class Kernels(AsyncCompile):
@@ -287,10 +287,11 @@ def test_kernels_meanwhile() -> None:
             order.append("the end")
         Kernels().wait({"name": "after"})
         with suppress(KeyError), torch_private.kernels_meanwhile():
-            Kernels().wait({"name": "never"})
+            Kernels().wait({"name": "before an error"})
             raise KeyError
-        Kernels().wait({"name": "last"})
-    assert order == ["another thread's", "the end", "first", "second", "after", "last"]
+    assert order[:2] == ["another thread's", "the end"]
+    assert set(order[2:4]) == {"first", "second"}
+    assert order[4:] == ["after", "before an error"]
 
 
 def test_fresh_is_nobodys_view() -> None:
