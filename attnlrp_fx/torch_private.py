@@ -37,7 +37,7 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -373,7 +373,10 @@ def inductor_lowered(graph_module: fx.GraphModule) -> Callable[..., Any]:
     Args:
         graph_module: it; its outputs are laid out as its metadata says.
     """
-    from torch._inductor.compile_fx import compile_fx_forward  # It takes a second, all of it.
+    from torch._inductor.compile_fx import (  # It takes a second, all of it.
+        compile_fx_forward,
+        compile_fx_inner,
+    )
     from torch._inductor.cudagraph_utils import BoxedDeviceIndex
     from torch._inductor.lowering import fallback_handler, lowerings
     from torch._inductor.utils import BoxedBool
@@ -417,6 +420,7 @@ def inductor_lowered(graph_module: fx.GraphModule) -> Callable[..., Any]:
             num_orig_model_outputs=len(output.args[0]),
             num_example_inputs=len(inputs),
             compiler_config_extra=extra,
+            inner_compile=partial(compile_fx_inner, cpp_wrapper=inductor_config.cpp_wrapper),
             is_inference=True,
         )
     return lambda *arguments: compiled(list(arguments))

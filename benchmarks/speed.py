@@ -28,6 +28,7 @@ from typing import Annotated, Any
 import models
 import peer
 import torch
+import torch._inductor.config as inductor_config
 import typer
 from peaks import matrix_peak
 from rich.console import Console
@@ -262,10 +263,14 @@ def main(
     compile_peer: Annotated[
         bool, typer.Option(help="also the peer under torch.compile: many minutes on 30 layers")
     ] = True,
+    cpp_wrapper: Annotated[
+        bool, typer.Option(help="have Inductor call kernels from C++, not from Python")
+    ] = False,
     by_size: Annotated[bool, typer.Option("--curve", help="depths and lengths instead")] = False,
     output: Annotated[Path | None, typer.Option(help="JSON file of the results")] = None,
 ) -> None:
     """Time explanations against the peer and plain passes."""
+    inductor_config.cpp_wrapper = cpp_wrapper
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     path = output or RESULTS / f"speed-{device}-{dtype}.json"
     found = json.loads(path.read_text()) if path.exists() else {"cases": {}}
