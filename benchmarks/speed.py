@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                        # every case below; the record
     python benchmarks/speed.py --cases llama --rounds 5 --no-compile-peer
+    python benchmarks/speed.py --cases small --rounds 101 --no-compile-peer --cpp-wrapper
     python benchmarks/speed.py --device cuda --dtype bfloat16
     python benchmarks/speed.py --curve                # time by depth and by length, ours alone
 
@@ -291,7 +292,8 @@ def main(
         measured = measure(name, rounds, device, dtype, compile_peer)
         torch.compiler.reset()
         show(name, measured, peak)
-        found["cases"][name] = {"rounds": rounds, "peak": peak, **measured}
+        how = {"rounds": rounds, "peak": peak, "cpp_wrapper": cpp_wrapper}
+        found["cases"][name] = {**how, **measured}
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
     path.write_text(json.dumps(found, indent=1) + "\n")

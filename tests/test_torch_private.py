@@ -13,6 +13,7 @@ import torch
 from references import Function
 from torch import Tensor, fx, nn
 from torch._inductor import async_compile as torch_async_compile
+from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -258,6 +259,18 @@ def test_inductor_lowered() -> None:
         compiled = torch_private.inductor_lowered(graph_module)
     assert AsyncCompile.wait is waited
     _runs_at_any_size(compiled)
+
+
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_who_calls_the_kernels(is_wanted: bool) -> None:
+    """Python, or C++ where Inductor's settings say so."""
+    program = written_out(_captured(SAME), torch_private.inductor_decompositions())
+    with (
+        inductor_config.patch(cpp_wrapper=is_wanted),
+        mock.patch("torch._inductor.compile_fx.compile_fx_inner", return_value=list) as compiler,
+    ):
+        torch_private.inductor_lowered(program)
+    assert compiler.call_args.kwargs["cpp_wrapper"] is is_wanted
 
 
 def test_inductor_decompositions() -> None:

@@ -38,7 +38,7 @@ def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
     """
     has_branches = any(isinstance(part, fx.GraphModule) for part in graph_module.children())
     if has_branches or any(map(_depends_on_values, graph_module.graph.nodes)):
-        return torch_private.inductor(torch_private.written(graph_module), inputs)
+        return torch_private.inductor(graph_module, inputs)
     parts = torch_private.inductor_decompositions()
     return torch_private.inductor_lowered(written_out(graph_module, parts))
 

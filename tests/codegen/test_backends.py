@@ -3,9 +3,12 @@
 import pytest
 import torch
 from test_regions import relative
+from test_trace import traced
 from torch import Tensor, nn
 
 import attnlrp_fx
+from attnlrp_fx import torch_private
+from attnlrp_fx.codegen.backends import inductor
 from attnlrp_fx.errors import BackendError
 from attnlrp_fx.targets import Logit
 
@@ -43,7 +46,7 @@ def test_convolutions_at_other_lengths(tmp_path, monkeypatch) -> None:
 
 
 class Gated(nn.Module):
-    """One half of what a convolution makes weighs the other, in place of either alone."""
+    """One map that a convolution makes weighs the others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,6 +67,16 @@ def test_views_of_what_a_convolution_makes() -> None:
         for backend in ("inductor", "eager")
     )
     assert relative(found, expected) <= 1e-5
+
+
+def test_sizes_that_depend_on_values(monkeypatch) -> None:
+    """A program with some is PyTorch's to trace; one with none is not traced by it."""
+    taken: list[str] = []
+    for name in ("inductor", "inductor_lowered"):
+        monkeypatch.setattr(torch_private, name, lambda *given, name=name: taken.append(name))
+    for program in (lambda x: [x[x > 0]], lambda x: [x * 2]):
+        inductor(traced(program, torch.randn(4, 6)), ())
+    assert taken == ["inductor", "inductor_lowered"]
 
 
 def test_a_backend_that_fails() -> None:

@@ -15,6 +15,7 @@ from attnlrp_fx.errors import RuleError
 from attnlrp_fx.torch_private import SymbolicSizes
 
 aten = torch.ops.aten
+SIZED = torch.randn(4, 3)
 
 
 def fakes(*inputs: Tensor) -> tuple[FakeTensorMode, list[Tensor]]:
@@ -285,6 +286,3 @@ def test_a_quotient_of_sizes() -> None:
     for rows in (4, 7):
         x = torch.randn(rows, 3)
         torch.testing.assert_close(before(x)[0], x * rows / 16)
-
-
-SIZED = torch.randn(4, 3)
