@@ -28,6 +28,8 @@
 - `symbolic_dispatch`, `composite`: while ops are recorded, those that PyTorch makes of others must
   be taken apart by what it has for symbolic sizes.
 - `expression_of`, `with_values`: sizes by their expressions, which a traced graph computes.
+- `example_and_range`, `new_symbols`: what is known of a size before a program runs, and where those
+  are that are not known: Inductor looks for that in a graph's metadata.
 - `typical_size`, `grows_with`: what a symbolic size would be, and whether it is a multiple of
   another, from their expressions.
 
@@ -37,7 +39,7 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -55,14 +57,16 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import standalone_compile
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, compute_unbacked_bindings
 from torch.utils._python_dispatch import (
     _disable_current_modes,
     autograd_would_have_decomposed,
 )
 from torch.utils._sympy import functions as size_functions
 from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.reference import PythonReferenceAnalysis
+from torch.utils._sympy.value_ranges import ValueRangeError
 
 TRACING = threading.RLock()
 """Held while a model is captured, and while a program is traced and compiled."""
@@ -182,31 +186,50 @@ SIZE_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 """What PyTorch writes symbolic sizes with, beside sympy's own functions."""
 
 
+class _Relations(ShapeEnv):
+    """What is known of symbols; where PyTorch fails to find bounds, as of quotients, nothing is."""
+
+    @wraps(ShapeEnv._maybe_evaluate_static)  # whose cache PyTorch empties
+    def _maybe_evaluate_static(  # type: ignore[override]  # It is typed as that cache.
+        self, *args: Any, **kwargs: Any
+    ) -> Any:
+        try:
+            return super()._maybe_evaluate_static(*args, **kwargs)
+        except ValueRangeError:
+            return None
+
+
 class SymbolicSizes:
     """Sizes made of symbols, and fake tensors of such sizes.
 
     Args:
-        typical: by symbol an example of it, and the least and the most that it can be.
+        typical: by symbol an example of it, and the least and the most that it can be, if known.
         assumptions: relations that are taken to hold.
     """
 
     def __init__(
-        self, typical: Mapping[Any, tuple[int, int, int | None]], assumptions: Sequence[Any]
+        self, typical: Mapping[Any, tuple[int, int | None, int | None]], assumptions: Sequence[Any]
     ) -> None:
-        self.environment = ShapeEnv(duck_shape=False)
+        self.environment = _Relations(duck_shape=False)
         with nothing_remembered():
             self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self.environment)
         self._typical = {s: sympy.Integer(example) for s, (example, _, _) in typical.items()}
+        self._unknown: set[Any] = set()
         self._made: dict[Any, int | torch.SymInt] = {}
-        constrain = self.environment.constrain_symbol_range
         for symbol, (example, least, _) in typical.items():
             self.environment.add_backed_var_to_val(symbol, example)
-            constrain(symbol, compiler_min=least, compiler_max=sympy.oo)
+            self._constrain(symbol, least, None)
         for relation in assumptions:
             if relation.free_symbols <= typical.keys():
                 bool(self.environment.create_symboolnode(relation))
         for symbol, (_, least, most) in typical.items():  # what follows from them is no assumption
-            constrain(symbol, compiler_min=least, compiler_max=sympy.oo if most is None else most)
+            self._constrain(symbol, least, most)
+
+    def _constrain(self, symbol: Any, least: int | None, most: int | None) -> None:
+        limits: Any = [-int_oo if least is None else least, int_oo if most is None else most]
+        self.environment.constrain_symbol_range(
+            symbol, compiler_min=limits[0], compiler_max=limits[1]
+        )
 
     def size(self, expression: Any) -> int | torch.SymInt:
         """A size.
@@ -217,15 +240,24 @@ class SymbolicSizes:
         if expression.is_Integer:
             return int(expression)
         if expression not in self._made:
-            if not expression.free_symbols <= self._typical.keys():
+            if not expression.free_symbols <= self._typical.keys() | self._unknown:
                 raise ValueError(f"nothing is known of {expression}")
-            example = expression.xreplace(self._typical)
-            if not example.is_Integer:
-                raise ValueError(f"{expression} is no size")
-            self._made[expression] = self.environment.create_symintnode(
-                expression, hint=int(example)
-            )
+            example = None
+            if not expression.free_symbols & self._unknown:
+                example = expression.xreplace(self._typical)
+                if not example.is_Integer:
+                    raise ValueError(f"{expression} is no size")
+                example = int(example)
+            self._made[expression] = self.environment.create_symintnode(expression, hint=example)
         return self._made[expression]
+
+    def unknown(self) -> Any:
+        """A new symbol, of a size that depends on values."""
+        size: Any = self.environment.create_unbacked_symint()
+        torch._check(size >= 0)
+        self.environment.pending_fresh_unbacked_symbols.clear()
+        self._unknown.add(size.node.expr)
+        return size.node.expr
 
 
 def decompositions(ops: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
@@ -342,6 +374,28 @@ class _Arithmetic(PythonReferenceAnalysis):
     @staticmethod
     def int_truediv(one: Any, other: Any) -> Any:
         return one / other
+
+
+def example_and_range(size: torch.SymInt) -> tuple[int, int | None, int | None] | None:
+    """A size in the example, and the least and the most that it can be, if there are such.
+
+    None if it depends on values.
+    """
+    if size.node.hint is None:
+        return None
+    least = most = None
+    with suppress(ValueRangeError):  # PyTorch does not find bounds of every quotient.
+        bounds = size.node.shape_env.bound_sympy(size.node.expr)
+        least, most = (int(b) if b.is_Integer else None for b in (bounds.lower, bounds.upper))
+    return int(size.node.hint), least, most
+
+
+def new_symbols(mode: FakeTensorMode, result: Any) -> Any:
+    """Where in an op's result the sizes are that depend on values; None if there are none.
+
+    Inductor looks for them in a node's `meta["unbacked_bindings"]`.
+    """
+    return compute_unbacked_bindings(mode.shape_env, result)
 
 
 def with_values(expression: Any, values: Mapping[Any, Any]) -> Any:

@@ -20,11 +20,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing import assert_close
 from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.value_ranges import ValueRangeError
 
 import attnlrp_fx
 from attnlrp_fx import torch_private
 from attnlrp_fx.capture.capture import capture
-from attnlrp_fx.codegen.trace import written_out
+from attnlrp_fx.codegen.retrace import retraced
 
 
 def _three_ops(x: Tensor, y: Tensor) -> Tensor:
@@ -63,6 +64,37 @@ def test_symbolic_sizes() -> None:
         sizes.size(sympy.Symbol("s9", integer=True))
 
 
+def test_sizes_without_bounds() -> None:
+    """A quotient of which PyTorch fails to find bounds is unknown, no error."""
+    s = sympy.Symbol("s0", integer=True, positive=True)
+    sizes = torch_private.SymbolicSizes({s: (6, 2, None)}, [])
+    square, side = sizes.size((s + 1) ** 2 + s - s), sizes.size(s + 1)
+    wanted = sympy.Eq(square.node.expr.expand() % side.node.expr, 0)  # type: ignore[union-attr]
+    with pytest.raises(ValueRangeError):
+        ShapeEnv._maybe_evaluate_static(sizes.environment, wanted)
+    assert sizes.environment._maybe_evaluate_static(wanted) is None
+
+
+def test_example_and_range() -> None:
+    """What is known of a size; nothing of one that depends on values."""
+    s = sympy.Symbol("s0", integer=True, positive=True)
+    sizes = torch_private.SymbolicSizes({s: (6, 2, 40)}, [])
+    assert torch_private.example_and_range(sizes.size(s)) == (6, 2, 40)  # type: ignore[arg-type]
+    assert torch_private.example_and_range(sizes.size(7 - s)) == (1, -33, 5)  # type: ignore[arg-type]
+    unknown = sizes.size(sizes.unknown() + 1)
+    assert torch_private.example_and_range(unknown) is None  # type: ignore[arg-type]
+
+
+def test_new_symbols() -> None:
+    """Told once, where they are new."""
+    sizes = torch_private.SymbolicSizes({}, [])
+    with sizes.mode:
+        found = torch.ones(4).nonzero()
+    (symbol,) = torch_private.new_symbols(sizes.mode, found)
+    assert symbol == torch_private.expression_of(found.shape[0])
+    assert not torch_private.new_symbols(sizes.mode, found)
+
+
 def test_every_function_is_tested() -> None:
     """A function added to `torch_private` needs a test here."""
     public = {
@@ -76,6 +108,8 @@ def test_every_function_is_tested() -> None:
         "symbolic_dispatch",
         "composite",
         "expression_of",
+        "example_and_range",
+        "new_symbols",
         "with_values",
         "nothing_remembered",
         "grows_with",
@@ -253,7 +287,7 @@ def test_inductor() -> None:
 
 def test_inductor_lowered() -> None:
     """The same of a graph that nobody traces again, whose kernels are compiled meanwhile."""
-    graph_module = written_out(_captured(SAME), torch_private.inductor_decompositions())
+    graph_module, _ = retraced(_captured(SAME), torch_private.inductor_decompositions())
     waited = AsyncCompile.wait
     with torch_private.kernels_meanwhile():
         compiled = torch_private.inductor_lowered(graph_module)
@@ -264,7 +298,7 @@ def test_inductor_lowered() -> None:
 @pytest.mark.parametrize("is_wanted", [False, True])
 def test_who_calls_the_kernels(is_wanted: bool) -> None:
     """Python, or C++ where Inductor's settings say so."""
-    program = written_out(_captured(SAME), torch_private.inductor_decompositions())
+    program, _ = retraced(_captured(SAME), torch_private.inductor_decompositions())
     with (
         inductor_config.patch(cpp_wrapper=is_wanted),
         mock.patch("torch._inductor.compile_fx.compile_fx_inner", return_value=list) as compiler,

@@ -7,18 +7,18 @@ What autograd goes through is compiled by `torch.compile`, which makes a program
 as well. It does so at the first call, and once more without gradients if it is called without.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils._pytree import tree_leaves
 
 from attnlrp_fx import torch_private
-from attnlrp_fx.codegen.trace import written_out
+from attnlrp_fx.codegen.retrace import retraced
 from attnlrp_fx.errors import BackendError
+from attnlrp_fx.graph.operators import placeholders_of
 
 Runnable = Callable[..., Any]
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Runnable]
@@ -33,19 +33,16 @@ def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
     """Compiled by Inductor.
 
     AOTAutograd, which traces graphs twice to make them functional and to write ops out, is left
-    out: a program is functional, and traced here once more. Not so the branches of `torch.cond`,
-    and not where a size depends on values: it would have another symbol each time.
+    out: a program is functional, and traced here once more. Not so the branches of `torch.cond`.
     """
-    has_branches = any(isinstance(part, fx.GraphModule) for part in graph_module.children())
-    if has_branches or any(map(_depends_on_values, graph_module.graph.nodes)):
+    if any(isinstance(part, fx.GraphModule) for part in graph_module.children()):
         return torch_private.inductor(graph_module, inputs)
-    parts = torch_private.inductor_decompositions()
-    return torch_private.inductor_lowered(written_out(graph_module, parts))
-
-
-def _depends_on_values(node: fx.Node) -> bool:
-    """Whether a size is only known when a program runs, as how many elements are not zero."""
-    return bool(free_unbacked_symbols(tree_leaves(node.meta.get("val"))))
+    program, sizes = retraced(graph_module, torch_private.inductor_decompositions())
+    compiled = torch_private.inductor_lowered(program)
+    if sizes is None:
+        return compiled
+    computed = torch_private.written(sizes).forward
+    return lambda *arguments: compiled(*arguments, *computed(*arguments))
 
 
 BACKENDS: Mapping[str, Backend] = {"eager": eager, "inductor": inductor}
@@ -83,10 +80,20 @@ def compile_differentiable(graph_module: fx.GraphModule, backend: str | Backend)
     return runnable
 
 
+class Compiled(NamedTuple):
+    """Program graphs that a backend was given."""
+
+    runnables: Mapping[fx.GraphModule, Runnable]
+    refused: tuple[str, ...] = ()
+    """Why Inductor could not take some, one reason for each: they run op by op."""
+
+
 def compile_graphs(
     graph_modules: Iterable[fx.GraphModule], backend: str | Backend, device: torch.device
-) -> dict[fx.GraphModule, Runnable]:
+) -> Compiled:
     """Make program graphs runnable that run on a device.
+
+    What Inductor cannot take runs op by op, with a warning, if it took others of them.
 
     Raises:
         BackendError: the backend failed; the message names its own error.
@@ -95,19 +102,37 @@ def compile_graphs(
     # On GPUs it may run kernels to choose among them.
     is_unhurried = compiler is inductor and device.type == "cpu"
     meanwhile = torch_private.kernels_meanwhile if is_unhurried else nullcontext
+    runnables: dict[fx.GraphModule, Runnable] = {}
+    refused: list[Exception] = []
     try:
         with meanwhile():
-            return {
-                half: compiler(
-                    torch_private.written(half),
-                    [node.meta["val"] for node in half.graph.find_nodes(op="placeholder")],
-                )
-                for half in graph_modules
-            }
+            for half in graph_modules:
+                inputs = [node.meta["val"] for node in placeholders_of(half)]
+                try:
+                    runnables[half] = compiler(torch_private.written(half), inputs)
+                except Exception as error:
+                    if compiler is not inductor:
+                        raise
+                    refused.append(error)
+                    runnables[half] = eager(half, inputs)
+        if len(refused) == len(runnables) > 0:
+            raise refused[0]
     except Exception as error:
-        reason = str(error).strip().splitlines() or [""]
         raise BackendError(
             f"backend '{backend}' could not compile the program",
-            why=f"{type(error).__name__}: {reason[0][:300]}",
+            why=_reason(error),
             remedy="use backend='eager', and report this with the model's config",
         ) from error
+    reasons = tuple(map(_reason, refused))
+    if reasons:
+        warnings.warn(
+            f"{len(reasons)} of {len(runnables)} programs run op by op, for Inductor could not "
+            f"compile them ({reasons[0]}); please report this with the model's config",
+            stacklevel=2,
+        )
+    return Compiled(runnables, reasons)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"

@@ -233,10 +233,13 @@ class Programs:
         steps = (*made.forward, *made.relevance)
         derived_too = [kept.program.derived for kept in made.derived if kept.program.derived]
         halves = dict.fromkeys([*(step.graph_module for step in steps), *derived_too])
+        refused: tuple[str, ...] = ()
         if self._options.differentiable:
-            runnables = {half: compile_differentiable(half, backend) for half in halves}
+            runnables: Mapping[fx.GraphModule, Runnable] = {
+                half: compile_differentiable(half, backend) for half in halves
+            }
         else:
-            runnables = compile_graphs(halves, backend, served.device)
+            runnables, refused = compile_graphs(halves, backend, served.device)
         derived = tuple(
             (Derived(*_inputs_and_values(kept), runnables[kept.program.derived]), kept.slots)
             for kept in made.derived
@@ -253,6 +256,7 @@ class Programs:
                 distinct=len(made.distinct),
                 emit_seconds=traced - start,
                 backend_seconds=time.perf_counter() - traced,
+                refused=refused,
                 derived_bytes=sum(int(v.nbytes) for values in sizes for v in values),
                 memory=plan,
             )

@@ -24,6 +24,8 @@ class Compilation:
     """How many of them are unlike each other: so many programs there are."""
     emit_seconds: float
     backend_seconds: float
+    refused: tuple[str, ...] = ()
+    """Why Inductor could not compile some programs, which run op by op: one reason for each."""
     derived_bytes: int = 0
     """What is kept of values made of parameters alone."""
     unpadded: bool = False
@@ -94,6 +96,8 @@ class Report:
                 f"{done.distinct} distinct of {done.regions} regions, traced in "
                 f"{done.emit_seconds:.1f} s, compiled in {done.backend_seconds:.1f} s"
             )
+            for reason in done.refused:
+                yield f"  note: a program runs op by op: {reason}"
             if done.derived_bytes:
                 kept = done.derived_bytes / 2**20
                 yield f"  note: keeps {kept:.1f} MiB of values made of parameters alone"

@@ -46,7 +46,7 @@ class Sizes:
         placeholders = graph.find_nodes(op="placeholder")
         self._last = placeholders[-1]
         self._seeds = [node for node in placeholders if node.meta["part"] == "seed"]
-        self._known: dict[Any, fx.Node | int | float | bool] = {}
+        self._known: dict[Any, fx.Node] = {}
         self._places = _places(node for node in placeholders if node not in self._seeds)
 
     def know(self, size: Any, node: fx.Node) -> None:
@@ -60,15 +60,23 @@ class Sizes:
             UnreadableSize: no value has a size that it could be computed from.
         """
         expression = expression_of(size)
-        if expression not in self._known:
-            self._known[expression] = self._made(size, expression)
-        return self._known[expression]
-
-    def _made(self, size: Symbolic, expression: Any) -> fx.Node | int | float | bool:
         if not expression.free_symbols:
             if isinstance(size, torch.SymInt):
                 return int(size)
             return float(size) if isinstance(size, torch.SymFloat) else bool(size)
+        return self.made(expression)
+
+    def made(self, expression: Any) -> fx.Node:
+        """A node for a size, by an expression that has symbols.
+
+        Raises:
+            UnreadableSize: as above.
+        """
+        if expression not in self._known:
+            self._known[expression] = self._made(expression)
+        return self._known[expression]
+
+    def _made(self, expression: Any) -> fx.Node:
         if expression in self._places:
             return self._read(self._places[expression])
         formula, places = self._formula(expression)
@@ -84,7 +92,7 @@ class Sizes:
 
     def _formula(self, expression: Any) -> tuple[Any, Mapping[Any, Place]]:
         """A size as a formula of such that can be read, and where each is."""
-        nodes = {e: Place(n) for e, n in self._known.items() if isinstance(n, fx.Node)}
+        nodes = {e: Place(n) for e, n in self._known.items()}
         places = {**self._places, **nodes}
         formula = _solved(expression, places)
         if formula is None:  # Of values in between, and anew: some symbols have become others.
@@ -105,7 +113,7 @@ class Sizes:
             return node
         size = node.meta["val"].shape[dim]
         known = self._known.get(expression_of(size))
-        if isinstance(known, fx.Node):
+        if known is not None:
             return known
         with self._graph.inserting_after(self._last if node.op == "placeholder" else node):
             read = self._graph.call_function(aten.sym_size.int, (node, dim))

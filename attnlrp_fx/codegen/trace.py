@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnlrp_fx.codegen.fakes import fake_result, order_of, strides_of
+from attnlrp_fx.codegen.fakes import fake_result
 from attnlrp_fx.codegen.sizes import Sizes
-from attnlrp_fx.graph.operators import outputs_of
 from attnlrp_fx.torch_private import (
     composite,
-    fake_mode_of,
     lazy_graph_module,
-    nothing_remembered,
+    new_symbols,
     symbolic_dispatch,
 )
 
@@ -46,13 +44,19 @@ class Trace:
         inputs: what the program takes; their sizes are all that its sizes are computed from, as far
             as they are no seeds'.
         written_out: how to write ops out in others, by overload.
+        mode: the mode of the fake tensors, if nodes shall tell which sizes are new with them, for
+            they depend on values.
     """
 
     def __init__(
-        self, inputs: Sequence[Input], written_out: Mapping[Any, Callable[..., Any]] | None = None
+        self,
+        inputs: Sequence[Input],
+        written_out: Mapping[Any, Callable[..., Any]] | None = None,
+        mode: Any = None,
     ) -> None:
         self.graph = fx.Graph()
         self.written_out = written_out or {}
+        self._mode = mode
         self.place: tuple[fx.Node, str] | None = None
         """Where ops come from: a node of another graph, and which side."""
         self.constants: dict[str, Tensor | fx.GraphModule] = {}
@@ -90,6 +94,8 @@ class Trace:
         args = fx.node.map_aggregate(args, self._argument)
         kwargs = fx.node.map_aggregate(kwargs, self._argument)
         node = self.graph.create_node("call_function", op, args, kwargs, name)
+        if self._mode is not None and (found := new_symbols(self._mode, result)):
+            node.meta["unbacked_bindings"] = found
         if self.place is not None:
             node.meta["custom"] = {"from": self.place[0].name, "phase": self.place[1]}
         self._keep(node, result)
@@ -131,34 +137,6 @@ class Trace:
         node.meta["val"] = value
         self._nodes[id(value)] = node
         return node
-
-
-def written_out(program: fx.GraphModule, parts: Mapping[Any, Callable[..., Any]]) -> fx.GraphModule:
-    """A traced program with ops written out in others; what it returns is laid out as before.
-
-    Args:
-        program: it is left as it is.
-        parts: how to write ops out, by overload.
-    """
-    placeholders = program.graph.find_nodes(op="placeholder")
-    trace = Trace([Input("input", n.name, n.meta["val"]) for n in placeholders], parts)
-    mode = fake_mode_of(program)
-    with nothing_remembered(mode), mode, torch.no_grad(), trace.recording():
-        found = fx.Interpreter(program).run(*(node.meta["val"] for node in placeholders))
-        expected = fx.map_arg(outputs_of(program.graph), lambda node: node.meta["val"])
-        results = [_laid_out(*pair) for pair in zip(found, expected, strict=True)]
-    return trace.graph_module(results)
-
-
-def _laid_out(value: Any, like: Any) -> Any:
-    """A value with the strides of another of its shape, copied if need be."""
-    if not isinstance(value, Tensor) or strides_of(value) == strides_of(like):
-        return value
-    order = order_of(like)
-    if order is None:
-        return value
-    copy = value.permute(order).clone(memory_format=torch.contiguous_format)
-    return copy.permute([order.index(dim) for dim in range(value.dim())])
 
 
 class _Recorder(TorchDispatchMode):

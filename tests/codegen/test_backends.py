@@ -4,11 +4,11 @@ import pytest
 import torch
 from test_regions import relative
 from test_trace import traced
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import attnlrp_fx
 from attnlrp_fx import torch_private
-from attnlrp_fx.codegen.backends import inductor
+from attnlrp_fx.codegen.backends import Runnable, inductor
 from attnlrp_fx.errors import BackendError
 from attnlrp_fx.targets import Logit
 
@@ -69,14 +69,86 @@ def test_views_of_what_a_convolution_makes() -> None:
     assert relative(found, expected) <= 1e-5
 
 
-def test_sizes_that_depend_on_values(monkeypatch) -> None:
-    """A program with some is PyTorch's to trace; one with none is not traced by it."""
+class Chunks(nn.Module):
+    """A strided convolution, blocks that take what it leaves in chunks, and rows by their values.
+
+    No block has an input of the length itself, and none of its sizes is a whole quotient.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv1d(2, 6, 3, stride=2)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.chosen = nn.Linear(6, 6)
+
+    def forward(self, signal: Tensor) -> Tensor:
+        hidden = self.down(signal).mT
+        for block in self.blocks:
+            length = hidden.shape[1]
+            padded = nn.functional.pad(hidden, (0, 0, 0, -length % 4))
+            chunks = padded.reshape(hidden.shape[0], -1, 4, 6)
+            mixed = torch.nn.functional.silu(block(chunks - chunks.mean(2, keepdim=True)))
+            hidden = hidden + mixed.reshape(padded.shape)[:, :length]
+        rows = hidden.mean(1)
+        loud = rows[:, 0] > 0
+        return rows.index_put((loud,), self.chosen(rows[loud]))
+
+
+def test_sizes_that_inductor_cannot_solve_for(tmp_path, monkeypatch) -> None:
+    """What convolutions leave of a length, numbers of chunks, sizes that depend on values."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.manual_seed(0)
+    model = Chunks().eval()
+    compiled, eager = (
+        attnlrp_fx.compile(model, torch.randn(4, 2, 30), target=Logit(0), backend=backend)
+        for backend in ("inductor", "eager")
+    )
+    assert compiled.report().compilations[0].refused == ()
+    for shape in ((4, 2, 30), (5, 2, 41), (1, 2, 19)):
+        signal = torch.randn(shape)
+        found, expected = (one(signal).relevance["signal"] for one in (compiled, eager))
+        assert relative(found, expected) <= 1e-5
+    assert compiled.compilations == 1
+
+
+def test_what_runs_graphs_is_traced_by_pytorch(monkeypatch) -> None:
+    """Branches, which our own tracing does not follow; nothing else is."""
     taken: list[str] = []
     for name in ("inductor", "inductor_lowered"):
         monkeypatch.setattr(torch_private, name, lambda *given, name=name: taken.append(name))
-    for program in (lambda x: [x[x > 0]], lambda x: [x * 2]):
+    branches = [fx.symbolic_trace(branch) for branch in (lambda y: (y * 2,), lambda y: (y + 1,))]
+
+    def function(x: Tensor) -> list[Tensor]:
+        return list(torch.ops.higher_order.cond(x.sum() > 0, *branches, (x,)))
+
+    for program in (function, lambda x: [x[x > 0]], lambda x: [x * 2]):
         inductor(traced(program, torch.randn(4, 6)), ())
-    assert taken == ["inductor", "inductor_lowered"]
+    assert taken == ["inductor", "inductor_lowered", "inductor_lowered"]
+
+
+def test_what_inductor_cannot_take_runs_op_by_op(monkeypatch) -> None:
+    """With a warning, and the report says why; if it can take nothing, that is an error."""
+    lowered, taken = torch_private.inductor_lowered, []
+
+    def refuses(program: fx.GraphModule) -> Runnable:
+        taken.append(program)
+        if len(taken) == 1:
+            return lowered(program)
+        raise RuntimeError("no bounds of s0//2\nand more")
+
+    monkeypatch.setattr(torch_private, "inductor_lowered", refuses)
+    model, x = nn.Linear(3, 2).eval(), torch.randn(2, 3)
+    with pytest.warns(UserWarning, match=r"op by op, .* \(RuntimeError: no bounds of s0//2\)"):
+        explainer = attnlrp_fx.compile(model, x)
+    refused = explainer.report().compilations[0].refused
+    assert set(refused) == {"RuntimeError: no bounds of s0//2"}
+    assert len(refused) == len(taken) - 1
+    assert f"a program runs op by op: {refused[0]}" in str(explainer.report())
+    expected = attnlrp_fx.compile(model, x, backend="eager")(x).relevance
+    for name, relevance in explainer(x).relevance.items():
+        torch.testing.assert_close(relevance, expected[name])
+    with pytest.raises(BackendError, match="could not compile the program"):
+        attnlrp_fx.compile(model, x)
 
 
 def test_a_backend_that_fails() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from attnlrp_fx.codegen.trace import Input, Trace, written_out
+from attnlrp_fx.codegen.trace import Input, Trace
 from attnlrp_fx.errors import RuleError
 from attnlrp_fx.torch_private import SymbolicSizes
 
@@ -248,35 +248,6 @@ def test_a_size_that_follows_from_nothing() -> None:
         trace = Trace([Input("input", "other", other)])
         with pytest.raises(RuleError, match="follows from"), trace.recording():
             other.new_ones(x.shape[0])
-
-
-def test_a_program_written_out() -> None:
-    """In other ops, with the same inputs and sizes; the program itself stays as it was."""
-
-    def program(x: Tensor, y: Tensor) -> list[Tensor]:
-        return [torch.nn.functional.silu(x) @ y, x.reshape(-1, x.shape[1] * 2)]
-
-    before = traced(program, torch.randn(4, 6), torch.randn(6, 3))
-    silu = aten.silu.default
-    after = written_out(before, {silu: lambda x: x * torch.sigmoid(x)})
-    assert silu in targets(before)
-    assert silu not in targets(after)
-    assert aten.sigmoid.default in targets(after)
-    given = torch.randn(8, 5), torch.randn(5, 7)
-    for found, expected in zip(after(*given), before(*given), strict=True):
-        torch.testing.assert_close(found, expected)
-    names = [[node.name for node in g.graph.find_nodes(op="placeholder")] for g in (before, after)]
-    assert names[0] == names[1]
-
-
-def test_what_a_program_written_out_returns_is_laid_out_as_before() -> None:
-    """Written out, an op may lay out otherwise what it makes; who reads it would not know."""
-    before = traced(lambda x: [torch.tanh(x)], SIZED)
-    after = written_out(before, {aten.tanh.default: lambda x: x.t().contiguous().sinh().t()})
-    after = written_out(after, {aten.sinh.default: torch.tanh})
-    (found,), (expected,) = after(SIZED), before(SIZED)
-    assert found.stride() == expected.stride() == (3, 1)
-    torch.testing.assert_close(found, expected)
 
 
 def test_a_quotient_of_sizes() -> None:
