@@ -28,8 +28,8 @@
 - `symbolic_dispatch`, `composite`: while ops are recorded, those that PyTorch makes of others must
   be taken apart by what it has for symbolic sizes.
 - `expression_of`, `with_values`: sizes by their expressions, which a traced graph computes.
-- `example_and_range`, `new_symbols`: what is known of a size before a program runs, and where those
-  are that are not known: Inductor looks for that in a graph's metadata.
+- `example_of`, `example_and_range`, `new_symbols`: what is known of a size before a program runs,
+  and where those are that are not known: Inductor looks for that in a graph's metadata.
 - `typical_size`, `grows_with`: what a symbolic size would be, and whether it is a multiple of
   another, from their expressions.
 
@@ -376,18 +376,25 @@ class _Arithmetic(PythonReferenceAnalysis):
         return one / other
 
 
+def example_of(size: int | torch.SymInt) -> int | None:
+    """A size in the example; None if it depends on values."""
+    example: int | None = size if isinstance(size, int) else size.node.hint
+    return example
+
+
 def example_and_range(size: torch.SymInt) -> tuple[int, int | None, int | None] | None:
     """A size in the example, and the least and the most that it can be, if there are such.
 
     None if it depends on values.
     """
-    if size.node.hint is None:
+    example = example_of(size)
+    if example is None:
         return None
     least = most = None
     with suppress(ValueRangeError):  # PyTorch does not find bounds of every quotient.
         bounds = size.node.shape_env.bound_sympy(size.node.expr)
         least, most = (int(b) if b.is_Integer else None for b in (bounds.lower, bounds.upper))
-    return int(size.node.hint), least, most
+    return example, least, most
 
 
 def new_symbols(mode: FakeTensorMode, result: Any) -> Any:

@@ -83,6 +83,7 @@ def test_example_and_range() -> None:
     assert torch_private.example_and_range(sizes.size(7 - s)) == (1, -33, 5)  # type: ignore[arg-type]
     unknown = sizes.size(sizes.unknown() + 1)
     assert torch_private.example_and_range(unknown) is None  # type: ignore[arg-type]
+    assert list(map(torch_private.example_of, (3, sizes.size(s), unknown))) == [3, 6, None]
 
 
 def test_new_symbols() -> None:
@@ -108,6 +109,7 @@ def test_every_function_is_tested() -> None:
         "symbolic_dispatch",
         "composite",
         "expression_of",
+        "example_of",
         "example_and_range",
         "new_symbols",
         "with_values",

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from attnlrp_fx import torch_private
+from attnlrp_fx.codegen.fakes import VIEWS
+from attnlrp_fx.codegen.regrouped import regrouped
 from attnlrp_fx.codegen.retrace import retraced
 from attnlrp_fx.errors import BackendError
 from attnlrp_fx.graph.operators import placeholders_of
@@ -37,7 +39,8 @@ def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
     """
     if any(isinstance(part, fx.GraphModule) for part in graph_module.children()):
         return torch_private.inductor(graph_module, inputs)
-    program, sizes = retraced(graph_module, torch_private.inductor_decompositions())
+    parts = {**torch_private.inductor_decompositions(), **dict.fromkeys(VIEWS, regrouped)}
+    program, sizes = retraced(graph_module, parts)
     compiled = torch_private.inductor_lowered(program)
     if sizes is None:
         return compiled

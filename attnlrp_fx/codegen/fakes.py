@@ -53,7 +53,7 @@ def _product(one: Tensor, other: Tensor) -> Shapes:
 
 
 def _reduced(value: Tensor, dim: Any, keepdim: bool = False, **options: Any) -> Shapes:
-    if not dim or not _is_contiguous(value):
+    if not dim or not is_contiguous(value):
         return []
     over = {d % value.dim() for d in dim}
     sizes = [1 if d in over else size for d, size in enumerate(value.shape)]
@@ -61,12 +61,12 @@ def _reduced(value: Tensor, dim: Any, keepdim: bool = False, **options: Any) -> 
 
 
 def _same(value: Tensor, *others: Any, **options: Any) -> Shapes:
-    return [value.shape] if _is_contiguous(value) else []
+    return [value.shape] if is_contiguous(value) else []
 
 
 def _normed(value: Tensor, normed: Sequence[Any], *others: Any) -> Shapes:
     statistics = [*value.shape[: value.dim() - len(normed)], *[1] * len(normed)]
-    return [value.shape, statistics, statistics] if _is_contiguous(value) else []
+    return [value.shape, statistics, statistics] if is_contiguous(value) else []
 
 
 SHAPES: Mapping[Any, Callable[..., Shapes]] = {
@@ -95,18 +95,22 @@ def _shaped(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _view(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     value, shape = args
-    if not _is_contiguous(value):
+    sizes = viewed_sizes(value, shape) if is_contiguous(value) else None
+    if sizes is None:
         return NotImplemented
+    return torch.as_strided(value, sizes, [math.prod(sizes[i + 1 :]) for i in range(len(sizes))])
+
+
+def viewed_sizes(value: Tensor, shape: Sequence[Any]) -> list[Any] | None:
+    """The sizes of a view, the one that is told by the others, too; None if that is not plain."""
     count, sizes = value.numel(), list(shape)
     inferred = [i for i, size in enumerate(sizes) if isinstance(size, int) and size == -1]
     if inferred:
         rest = math.prod(size for i, size in enumerate(sizes) if i not in inferred)
         if isinstance(rest, int) and rest == 0:
-            return NotImplemented
+            return None
         sizes[inferred[0]] = count // rest
-    if expression_of(math.prod(sizes)) != expression_of(count):
-        return NotImplemented
-    return torch.as_strided(value, sizes, [math.prod(sizes[i + 1 :]) for i in range(len(sizes))])
+    return sizes if expression_of(math.prod(sizes)) == expression_of(count) else None
 
 
 def _elementwise(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -118,12 +122,12 @@ def _elementwise(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     whole = next((i for i, w in enumerate(shapes) if all(_fits(s, w) for s in shapes)), None)
     # The first that is as large as the result gives it its strides, unless one before it does.
     if whole is None or not (
-        all(map(_is_contiguous, laid_out)) or (whole == 0 and order_of(laid_out[0]) is not None)
+        all(map(is_contiguous, laid_out)) or (whole == 0 and order_of(laid_out[0]) is not None)
     ):
         return NotImplemented
     like = laid_out[whole]
     (dtype,) = _dtypes(op, args, kwargs)
-    if _is_contiguous(like):  # whose strides need not be multiplied out again
+    if is_contiguous(like):  # whose strides need not be multiplied out again
         return torch.empty(like.shape, dtype=dtype, device=like.device)
     return torch.empty_strided(like.shape, like.stride(), dtype=dtype, device=like.device)
 
@@ -185,7 +189,8 @@ def strides_of(value: Tensor) -> Expressions:
     return tuple(map(expression_of, value.stride()))
 
 
-def _is_contiguous(value: Tensor) -> bool:
+def is_contiguous(value: Tensor) -> bool:
+    """Whether it is for sure."""
     return order_of(value) == tuple(range(value.dim()))
 
 

@@ -154,9 +154,11 @@ class _Own:
             symbol = sympy.Dummy("unknown", integer=True)
             self._unknown.append(symbol)
             return symbol
-        _, least, _ = found
-        is_positive = True if least is not None and least > 0 else None
-        symbol = sympy.Symbol(f"s{len(self._examples)}", integer=True, positive=is_positive)
+        least = found[1]
+        is_known = (
+            {} if least is None or least < 0 else {"positive" if least else "nonnegative": True}
+        )
+        symbol = sympy.Symbol(f"s{len(self._examples)}", integer=True, **is_known)
         self._examples[symbol] = found
         return symbol
 
