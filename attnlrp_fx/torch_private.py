@@ -40,6 +40,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import lru_cache, partial, wraps
+from importlib import import_module
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -187,7 +188,12 @@ SIZE_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 
 
 class _Relations(ShapeEnv):
-    """What is known of symbols; where PyTorch fails to find bounds, as of quotients, nothing is."""
+    """What is known of symbols.
+
+    Where PyTorch fails to find bounds, as of quotients, nothing is; and where it fails to say what
+    was assumed, in symbols that are no inputs of a program themselves, nothing was: what a model
+    assumes of its sizes is checked where it is called.
+    """
 
     @wraps(ShapeEnv._maybe_evaluate_static)  # whose cache PyTorch empties
     def _maybe_evaluate_static(  # type: ignore[override]  # It is typed as that cache.
@@ -196,6 +202,12 @@ class _Relations(ShapeEnv):
         try:
             return super()._maybe_evaluate_static(*args, **kwargs)
         except ValueRangeError:
+            return None
+
+    def produce_guards_expression(self, *args: Any, **kwargs: Any) -> str | None:
+        try:
+            return super().produce_guards_expression(*args, **kwargs)
+        except RuntimeError:
             return None
 
 
@@ -412,16 +424,53 @@ def with_values(expression: Any, values: Mapping[Any, Any]) -> Any:
 
 def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """Compile a graph of ATen ops with Inductor, dynamic where its placeholders are symbolic."""
-    with torch.no_grad(), unlike_symbols():
+    with torch.no_grad(), unlike_symbols(), _mended_lowerings(inputs):
         return standalone_compile(graph_module, list(inputs), dynamic_shapes="from_graph")
 
 
 def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
     """How Inductor has ops written out that it has no lowering for, by overload."""
+    import_module("torch._inductor.lowering")  # Some of them look for it, none imports it.
     from torch._inductor.decomposition import select_decomp_table  # It takes a second.
 
     table: Mapping[Any, Callable[..., Any]] = select_decomp_table()
     return table
+
+
+_MENDED = "attnlrp_fx 2"
+"""What tells apart, in Inductor's cache, what was compiled with other mends."""
+
+
+@contextmanager
+def _mended_lowerings(inputs: Sequence[Any]) -> Iterator[None]:
+    """Have PyTorch's own kernels for what Inductor, of a graph with such inputs, compiles wrong.
+
+    - A convolution's derivative, since torch 2.13: it takes the example's sizes for the only ones.
+    - On CPUs, what adds up elements by their indices: where they are all one, as in a map of one
+      pixel, it writes a whole vector there, over what lies beside it.
+    """
+    lowering: Any = import_module("torch._inductor.lowering")  # It takes a second.
+    settings: Any = torch.compiler.config
+    convolution_backward = torch.ops.aten.convolution_backward.default
+    called = {
+        convolution_backward: lowering.fallback_handler(
+            convolution_backward, add_to_fallback_set=False
+        )
+    }
+    falls_back = lowering.use_scatter_fallback
+    tag = f"{settings.cache_key_tag} {_MENDED}"
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(lowering.lowerings, called))
+        stack.enter_context(settings.patch(cache_key_tag=tag))
+        if not any(isinstance(v, Tensor) and v.device.type != "cpu" for v in inputs):
+            for name, mended in {
+                "needs_fallback_due_to_atomic_add_limitations": lambda dtype: True,
+                "use_scatter_fallback": lambda op, reduction, *given: (
+                    reduction is not None or falls_back(op, reduction, *given)
+                ),
+            }.items():
+                stack.enter_context(patch.object(lowering, name, mended))
+        yield
 
 
 _GRAPHS = count()
@@ -439,15 +488,8 @@ def inductor_lowered(graph_module: fx.GraphModule) -> Callable[..., Any]:
         compile_fx_inner,
     )
     from torch._inductor.cudagraph_utils import BoxedDeviceIndex
-    from torch._inductor.lowering import fallback_handler, lowerings
     from torch._inductor.utils import BoxedBool
     from torch._inductor.virtualized import V
-
-    convolution_backward = torch.ops.aten.convolution_backward.default
-    # Inductor's own lowering, since torch 2.13, takes the example's sizes for the only ones.
-    called = {
-        convolution_backward: fallback_handler(convolution_backward, add_to_fallback_set=False)
-    }
 
     mode = fake_mode_of(graph_module)
     inputs = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
@@ -470,7 +512,7 @@ def inductor_lowered(graph_module: fx.GraphModule) -> Callable[..., Any]:
             unlike_symbols(),
             tracing(TracingContext(mode)),
             V.set_fake_mode(mode),
-            patch.dict(lowerings, called),
+            _mended_lowerings(inputs),
             inductor_config.patch(layout_optimization=is_free),
             enable_python_dispatcher(),
         ):

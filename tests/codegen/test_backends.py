@@ -69,6 +69,42 @@ def test_views_of_what_a_convolution_makes() -> None:
     assert relative(found, expected) <= 1e-5
 
 
+class Pooled(nn.Module):
+    """A map of one pixel made larger again, and elements added up at one place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.Conv2d(3, 32, 3, padding=1)
+        self.pooled = nn.Conv2d(32, 32, 1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        maps = self.maps(pixels)
+        one = torch.nn.functional.silu(self.pooled(maps.mean((2, 3), keepdim=True)))
+        larger = nn.functional.interpolate(one, maps.shape[2:], mode="bilinear")
+        place = torch.zeros(1, 1, dtype=torch.int64, device=pixels.device)
+        rows = larger.flatten(1).mT
+        added = rows.new_zeros(1, rows.shape[1]).scatter_add(0, place.expand_as(rows), rows)
+        return (maps * larger).mean((2, 3)) + added.mean()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_adds_up_elements_at_one_place(threads: int, tmp_path, monkeypatch) -> None:
+    """On one thread Inductor's own kernels would write beside it; on more it could make none."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.manual_seed(0)
+    model, pixels = Pooled().eval(), torch.randn(2, 3, 16, 16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        compiled = attnlrp_fx.compile(model, pixels)
+        found = compiled(pixels).relevance["pixels"]
+    finally:
+        torch.set_num_threads(before)
+    assert compiled.report().compilations[0].refused == ()
+    expected = attnlrp_fx.compile(model, pixels, backend="eager")(pixels).relevance["pixels"]
+    assert relative(found, expected) <= 1e-5
+
+
 class Chunks(nn.Module):
     """A strided convolution, blocks that take what it leaves in chunks, and rows by their values.
 
