@@ -178,6 +178,8 @@ def _explained(device: str, backend: str) -> "Explanation":
             expected = model(**{name: value.to(device) for name, value in inputs.items()})
     difference = _difference({"logits": explanation.outputs.logits}, {"logits": expected.logits})
     _check(difference <= TOLERANCE, f"outputs differ from the model's by {difference:.0e}")
+    refused = [why for made in explainer.report().compilations for why in made.refused]
+    _check(not refused, f"programs run op by op: {', '.join(refused)}")
     return explanation
 
 

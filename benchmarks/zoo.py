@@ -95,7 +95,7 @@ class Row:
     captured: bool = False
     rewritten: bool = False
     casts: bool = False
-    """Whether the model casts explained values to float32 or less."""
+    """Whether the model casts explained values to float32 or less; compiled, whether any."""
     forward: float | None = None
     program: float | None = None
     """The program's relevance against the tape's."""
@@ -162,7 +162,7 @@ def examine(arch: Architecture, row: Row) -> Iterator[None]:
     yield
     rules = explained(model, inputs, captured, "attnlrp", traced=False)
     row.rewritten = True
-    row.casts = _casts(captured.graph_module)
+    row.casts = _casts(captured.graph_module, row.backend)
     row.stage = "law 1"
     yield
     relevance, ledger = on_tape(rules, inputs)
@@ -475,15 +475,19 @@ def _shapes(inputs: Inputs) -> list[Any]:
     return [tuple(v.shape) for v in inputs.values() if isinstance(v, Tensor)]
 
 
-def _casts(captured: torch.fx.GraphModule) -> bool:
-    """Whether a value that depends on what is explained is cast below float64."""
+def _casts(captured: torch.fx.GraphModule, backend: str) -> bool:
+    """Whether a value that depends on what is explained is cast below float64.
+
+    What does not, as rotary tables, differs between backends by rounding, too.
+    """
     marked = copy.deepcopy(captured.graph)
     graph_module = torch.fx.GraphModule(captured, marked)
     run_passes(graph_module, PassContext(None, COMPOSITES["gradient"], "error"), BEFORE_RULES)
     low = (torch.float32, torch.bfloat16, torch.float16)
+    graph = graph_module.graph
     return any(
         isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dtype in low
-        for node in explained_values(graph_module.graph)
+        for node in (explained_values(graph) if backend == "eager" else graph.nodes)
     )
 
 

@@ -55,6 +55,14 @@ def test_wrong_results_fail() -> None:
     assert "outputs differ from the model's by" in lines_of(result)["self-test, eager"]
 
 
+def test_programs_that_run_op_by_op_fail() -> None:
+    """Their results are right, and Inductor is not well."""
+    refused = mock.PropertyMock(return_value=("RuntimeError: no kernel",))
+    with mock.patch("attnlrp_fx.codegen.report.Compilation.refused", refused, create=True):
+        result = run("--quick")
+    assert "programs run op by op: RuntimeError: no kernel" in lines_of(result)["self-test, eager"]
+
+
 @pytest.mark.parametrize(
     ("requirement", "expected"),
     [
