@@ -83,7 +83,7 @@ def compile_differentiable(graph_module: fx.GraphModule, backend: str | Backend)
     return runnable
 
 
-class Compiled(NamedTuple):
+class Runnables(NamedTuple):
     """Program graphs that a backend was given."""
 
     runnables: Mapping[fx.GraphModule, Runnable]
@@ -93,7 +93,7 @@ class Compiled(NamedTuple):
 
 def compile_graphs(
     graph_modules: Iterable[fx.GraphModule], backend: str | Backend, device: torch.device
-) -> Compiled:
+) -> Runnables:
     """Make program graphs runnable that run on a device.
 
     What Inductor cannot take runs op by op, with a warning, if it took others of them.
@@ -133,7 +133,7 @@ def compile_graphs(
             f"compile them ({reasons[0]}); please report this with the model's config",
             stacklevel=2,
         )
-    return Compiled(runnables, reasons)
+    return Runnables(runnables, reasons)
 
 
 def _reason(error: Exception) -> str:

@@ -89,7 +89,7 @@ class Pooled(nn.Module):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_what_adds_up_elements_at_one_place(threads: int, tmp_path, monkeypatch) -> None:
-    """On one thread Inductor's own kernels would write beside it; on more it could make none."""
+    """On several threads Inductor could not write kernels of its own; on one it can here."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.manual_seed(0)
     model, pixels = Pooled().eval(), torch.randn(2, 3, 16, 16)
