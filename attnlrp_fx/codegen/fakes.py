@@ -181,10 +181,10 @@ def _dtypes_of_kinds(
 
 def order_of(value: Tensor) -> tuple[int, ...] | None:
     """Dimensions by stride, largest first; None if there may be gaps or overlaps between them."""
-    return _order(_shape(value), strides_of(value))
+    return _order(_shape(value), _strides(value))
 
 
-def strides_of(value: Tensor) -> Expressions:
+def _strides(value: Tensor) -> Expressions:
     """Strides as expressions."""
     return tuple(map(expression_of, value.stride()))
 
