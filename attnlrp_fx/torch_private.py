@@ -446,8 +446,8 @@ def _mended_lowerings(inputs: Sequence[Any]) -> Iterator[None]:
     """Have PyTorch's own kernels for what Inductor, of a graph with such inputs, compiles wrong.
 
     - A convolution's derivative, since torch 2.13: it takes the example's sizes for the only ones.
-    - On CPUs, what adds up elements by their indices (torch 2.13): with one thread some sums
-      are wrong, as UPerNet's in the zoo, why is not known; with more, it cannot write a kernel where
+    - On CPUs, what adds up elements by their indices (torch 2.13). With one thread some sums are
+      wrong, as UPerNet's in the zoo; why is not known. With more, it cannot write a kernel where
       all indices are one, as in a map of one pixel.
     """
     lowering: Any = import_module("torch._inductor.lowering")  # It takes a second.
