@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from attnlrp_fx.capture.autocast import without_autocast
 from attnlrp_fx.capture.capture import Captured, Inputs, capture
-from attnlrp_fx.codegen.backends import Backend, backend_named
+from attnlrp_fx.codegen.backends import Backend, backend_named, prepare
 from attnlrp_fx.codegen.memory import Memory, check_memory
 from attnlrp_fx.codegen.programs import ProgramOptions, Stage
 from attnlrp_fx.codegen.rewriting import rewrite
@@ -149,6 +149,7 @@ def compile(
     normalisation = None if processor is None else Normalisation.of(processor)
     stage("capturing the model")
     start = time.perf_counter()
+    prepare(backend, next((p.device for p in model.parameters()), torch.device("cpu")))
     captured = capture(model, inputs, dynamic_shapes)
     seconds = time.perf_counter() - start
     stage("rewriting the graph")

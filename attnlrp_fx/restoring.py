@@ -21,7 +21,7 @@ from attnlrp_fx.artefacts.outputs import spec_of_json
 from attnlrp_fx.artefacts.tensors import CONSTANTS, WEIGHTS, module_of, read_tensors
 from attnlrp_fx.artefacts.tokenizer import tokenizer_of_json
 from attnlrp_fx.capture.capture import Captured
-from attnlrp_fx.codegen.backends import Backend, backend_named
+from attnlrp_fx.codegen.backends import Backend, backend_named, prepare
 from attnlrp_fx.codegen.memory import check_memory
 from attnlrp_fx.codegen.programs import ProgramOptions, Stage
 from attnlrp_fx.codegen.rewriting import rewrite
@@ -103,6 +103,7 @@ def load(
             )
         tokenizer = tokenizer_of_json(archive.text(TOKENIZER)) if _has(archive, TOKENIZER) else None
         place = _place(device, model, about)
+        prepare(backend or about["options"]["backend"], place)
         constants = {n: v.to(place) for n, v in read_tensors(archive, CONSTANTS).items()}
         owner, weights = _owner(archive, model, about, place)
         root = module_of({**weights, **{n: v for n, v in constants.items() if ":" not in n}})

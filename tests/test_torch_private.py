@@ -4,6 +4,7 @@ import inspect
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch._inductor import async_compile as torch_async_compile
 from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import CppWrapperCodeCache
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -118,7 +120,10 @@ def test_every_function_is_tested() -> None:
         "decompositions",
         "inductor",
         "inductor_decompositions",
+        "inductor_differentiable",
         "inductor_lowered",
+        "instructions_meanwhile",
+        "mended_lowerings",
         "kernels_meanwhile",
         "fake_mode_of",
         "fresh",
@@ -287,26 +292,40 @@ def test_inductor() -> None:
     _runs_at_any_size(torch_private.inductor(graph_module, examples))
 
 
-def test_inductor_lowered() -> None:
+@pytest.mark.parametrize("in_cpp", [False, True])
+def test_inductor_lowered(in_cpp: bool) -> None:
     """The same of a graph that nobody traces again, whose kernels are compiled meanwhile."""
     graph_module, _ = retraced(_captured(SAME), torch_private.inductor_decompositions())
     waited = AsyncCompile.wait
     with torch_private.kernels_meanwhile():
-        compiled = torch_private.inductor_lowered(graph_module)
+        compiled = torch_private.inductor_lowered(graph_module, in_cpp)
     assert AsyncCompile.wait is waited
     _runs_at_any_size(compiled)
 
 
-@pytest.mark.parametrize("is_wanted", [False, True])
-def test_who_calls_the_kernels(is_wanted: bool) -> None:
-    """Python, or C++ where Inductor's settings say so."""
+@pytest.mark.parametrize("in_cpp", [False, True])
+def test_who_calls_the_kernels(in_cpp: bool) -> None:
+    """Python, or C++, with a setting of Inductor's and an argument that say the same."""
     program, _ = retraced(_captured(SAME), torch_private.inductor_decompositions())
-    with (
-        inductor_config.patch(cpp_wrapper=is_wanted),
-        mock.patch("torch._inductor.compile_fx.compile_fx_inner", return_value=list) as compiler,
-    ):
-        torch_private.inductor_lowered(program)
-    assert compiler.call_args.kwargs["cpp_wrapper"] is is_wanted
+    settings: list[bool] = []
+
+    def compiler(*given: Any, cpp_wrapper: bool, **others: Any) -> Callable[..., Any]:
+        settings.extend([cpp_wrapper, inductor_config.cpp_wrapper])
+        return list
+
+    with mock.patch("torch._inductor.compile_fx.compile_fx_inner", compiler):
+        torch_private.inductor_lowered(program, in_cpp)
+    assert settings == [in_cpp, in_cpp]
+
+
+def test_inductor_differentiable() -> None:
+    """A graph and its derivative, with our lowerings in both."""
+    x = torch.randn(3, 4, requires_grad=True)
+    graph_module = fx.symbolic_trace(lambda x: torch.erfc(x))
+    compiled = torch.compile(graph_module, backend=torch_private.inductor_differentiable)
+    (found,) = torch.autograd.grad(compiled(x).sum(), x)
+    (expected,) = torch.autograd.grad(torch.erfc(x).sum(), x)
+    assert_close(found, expected)
 
 
 def test_inductor_decompositions() -> None:
@@ -341,6 +360,70 @@ def test_kernels_meanwhile() -> None:
     assert order[:2] == ["another thread's", "the end"]
     assert set(order[2:4]) == {"first", "second"}
     assert order[4:] == ["after", "before an error"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_programs_in_cpp_meanwhile(threads: int) -> None:
+    """C++ is loaded when the context ends, with what its compiler said; elsewhere at once."""
+    loaded: list[str] = []
+
+    def load(name: str, submit_fn: Any = None) -> Callable[[], Any]:
+        assert (submit_fn is None) is (threads == 1)
+
+        def ready() -> Callable[[int], int]:
+            if name == "wrong":
+                raise RuntimeError("no such instruction")
+            loaded.append(name)
+            return lambda number: number + 1
+
+        return ready
+
+    with (
+        mock.patch.object(torch_async_compile, "get_compile_threads", return_value=threads),
+        mock.patch.object(CppWrapperCodeCache, "load_pybinding_async", load),
+    ):
+        before = CppWrapperCodeCache.load_pybinding
+        with torch_private.kernels_meanwhile():
+            call = CppWrapperCodeCache.load_pybinding("one")
+            assert loaded == []
+        assert loaded == ["one"]
+        assert call(2) == 3
+        assert CppWrapperCodeCache.load_pybinding == before
+        with (
+            pytest.raises(RuntimeError, match="no such instruction"),
+            torch_private.kernels_meanwhile(),
+        ):
+            CppWrapperCodeCache.load_pybinding("wrong")
+
+
+def test_instructions_meanwhile() -> None:
+    """They are found in a thread; what goes wrong there is for whoever asks for them."""
+    asked = threading.Event()
+
+    def pick() -> None:
+        asked.set()
+        raise RuntimeError("no compiler")
+
+    with mock.patch("torch._inductor.cpu_vec_isa.pick_vec_isa", pick):
+        torch_private.instructions_meanwhile()
+        assert asked.wait(60)
+
+
+def test_mended_lowerings() -> None:
+    """Inductor's tables are as before when the context ends, and other devices keep more of it."""
+    aten, table = torch.ops.aten, import_module("torch._inductor.lowering").lowerings
+    before = dict(table)
+    everywhere, on_cpus = aten.convolution_backward.default, (aten.mm.default, aten.erfc.default)
+    for device in ("cpu", "meta"):
+        with torch_private.mended_lowerings([torch.empty(2, device=device)]):
+            assert table[everywhere] is not before[everywhere]
+            assert all((table[op] is before[op]) is (device == "meta") for op in on_cpus)
+        assert dict(table) == before
+    with (
+        mock.patch.object(torch.backends.mkldnn, "is_available", return_value=False),
+        torch_private.mended_lowerings([]),
+    ):
+        assert table[aten.mm.default] is before[aten.mm.default]
 
 
 def test_fresh_is_nobodys_view() -> None:

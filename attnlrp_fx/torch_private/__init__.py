@@ -7,7 +7,9 @@ that an upgrade fails loudly.
 from attnlrp_fx.torch_private.compiling import (
     inductor,
     inductor_decompositions,
+    inductor_differentiable,
     inductor_lowered,
+    instructions_meanwhile,
     kernels_meanwhile,
 )
 from attnlrp_fx.torch_private.fake_tensors import (
@@ -18,6 +20,7 @@ from attnlrp_fx.torch_private.fake_tensors import (
     new_symbols,
     storage_of,
 )
+from attnlrp_fx.torch_private.lowerings import mended_lowerings
 from attnlrp_fx.torch_private.sizes import (
     SIZE_FUNCTIONS,
     SymbolicSizes,
@@ -59,10 +62,13 @@ __all__ = [
     "grows_with",
     "inductor",
     "inductor_decompositions",
+    "inductor_differentiable",
     "inductor_lowered",
+    "instructions_meanwhile",
     "is_plain_fake",
     "kernels_meanwhile",
     "lazy_graph_module",
+    "mended_lowerings",
     "new_fake_mode",
     "new_symbols",
     "nothing_remembered",

@@ -4,17 +4,22 @@
   differentiate, with the symbols of its own placeholders. `standalone_compile`, exported from
   `torch._inductor` without documentation, traces it twice before; `compile_fx_forward` takes what
   is functional, and written out in the ops that Inductor has, as it is.
+- `inductor_differentiable`: the same of one that autograd goes through, for `torch.compile`, whose
+  own backend has Inductor's lowerings.
 - `kernels_meanwhile`: Inductor waits for the kernels of each graph before it takes the next.
+- `instructions_meanwhile`: it first tries which instructions the processor has, by compiling a
+  program for each kind, seconds that need not be waited for.
 """
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch._inductor.config as inductor_config
@@ -43,15 +48,27 @@ def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
     return table
 
 
+def inductor_differentiable(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Compile a graph and its derivative, as a backend of `torch.compile`."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def inner(graph_module: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+        with mended_lowerings(inputs):
+            return compile_fx_inner(graph_module, inputs, **settings)
+
+    return compile_fx(graph_module, inputs, inner_compile=inner)
+
+
 _GRAPHS = count()
 """Numbers that tell graphs apart where Inductor records them for CUDA."""
 
 
-def inductor_lowered(graph_module: fx.GraphModule) -> Callable[..., Any]:
+def inductor_lowered(graph_module: fx.GraphModule, in_cpp: bool) -> Callable[..., Any]:
     """Compile a graph that is functional, and written out, and runs no other graph.
 
     Args:
         graph_module: it; its outputs are laid out as its metadata says.
+        in_cpp: whether C++ calls its kernels, or Python.
     """
     from torch._inductor.compile_fx import (  # It takes a second, all of it.
         compile_fx_forward,
@@ -83,7 +100,7 @@ def inductor_lowered(graph_module: fx.GraphModule) -> Callable[..., Any]:
             tracing(TracingContext(mode)),
             V.set_fake_mode(mode),
             mended_lowerings(inputs),
-            inductor_config.patch(layout_optimization=is_free),
+            inductor_config.patch(layout_optimization=is_free, cpp_wrapper=in_cpp),
             enable_python_dispatcher(),
         ):
             stack.enter_context(context)
@@ -93,7 +110,7 @@ def inductor_lowered(graph_module: fx.GraphModule) -> Callable[..., Any]:
             num_orig_model_outputs=len(output.args[0]),
             num_example_inputs=len(inputs),
             compiler_config_extra=extra,
-            inner_compile=partial(compile_fx_inner, cpp_wrapper=inductor_config.cpp_wrapper),
+            inner_compile=partial(compile_fx_inner, cpp_wrapper=in_cpp),
             is_inference=True,
         )
     return lambda *arguments: compiled(list(arguments))
@@ -101,15 +118,18 @@ def inductor_lowered(graph_module: fx.GraphModule) -> Callable[..., Any]:
 
 @contextmanager
 def kernels_meanwhile() -> Iterator[None]:
-    """Inductor takes the next graph while the last one's kernels are compiled by its processes.
+    """Inductor takes the next graph while the last one's kernels are compiled, by other processes.
 
     They are ready when the context ends, by an error too: PyTorch remembers what it has made. In
     other threads it waits for them.
-    """
-    from torch._inductor.async_compile import AsyncCompile
 
-    patched: Any = AsyncCompile
-    wait, here = AsyncCompile.wait, threading.get_ident()
+    Raises:
+        Exception: what the compiler of kernels raises, when the context ends.
+    """
+    from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+    from torch._inductor.codecache import CppWrapperCodeCache
+
+    wait, load, here = AsyncCompile.wait, CppWrapperCodeCache.load_pybinding, threading.get_ident()
     with ExitStack() as waiting:
 
         def later(self: Any, scope: dict[str, Any]) -> None:
@@ -118,8 +138,30 @@ def kernels_meanwhile() -> Iterator[None]:
             else:
                 wait(self, scope)
 
-        patched.wait = later
-        try:
+        def loaded_later(*given: Any, **settings: Any) -> Callable[..., Any]:
+            if threading.get_ident() != here:
+                return load(*given, **settings)  # type: ignore[no-any-return]
+            if get_compile_threads() > 1:
+                settings["submit_fn"] = AsyncCompile.submit
+            ready = CppWrapperCodeCache.load_pybinding_async(*given, **settings)
+            waiting.callback(ready)
+            return lambda arguments: ready()(arguments)
+
+        with (
+            patch.object(AsyncCompile, "wait", later),
+            patch.object(CppWrapperCodeCache, "load_pybinding", loaded_later),
+        ):
             yield
-        finally:
-            patched.wait = wait
+
+
+def instructions_meanwhile() -> None:
+    """Have Inductor try the processor's instructions while something else is done."""
+    instructions = import_module("torch._inductor.cpu_vec_isa")
+    for name in ("codecache", "cpp_builder"):  # which it would import meanwhile
+        import_module(f"torch._inductor.{name}")
+
+    def probe() -> None:
+        with suppress(Exception):  # It comes up again where they are asked for.
+            instructions.pick_vec_isa()
+
+    threading.Thread(target=probe, daemon=True).start()

@@ -1,12 +1,15 @@
 """Backends: what Inductor makes of programs, at every size that they are for."""
 
+import contextlib
 import warnings
+from unittest import mock
 
 import pytest
 import torch
 from test_regions import relative
 from test_trace import traced
 from torch import Tensor, fx, nn
+from torch._inductor import mkldnn_ir
 
 import attnlrp_fx
 from attnlrp_fx import torch_private
@@ -168,10 +171,10 @@ def test_what_inductor_cannot_take_runs_op_by_op(monkeypatch) -> None:
     """With a warning, and the report says why; if it can take nothing, that is an error."""
     lowered, taken = torch_private.inductor_lowered, []
 
-    def refuses(program: fx.GraphModule) -> Runnable:
+    def refuses(program: fx.GraphModule, in_cpp: bool) -> Runnable:
         taken.append(program)
         if len(taken) == 1:
-            return lowered(program)
+            return lowered(program, in_cpp)
         raise RuntimeError("no bounds of s0//2\nand more")
 
     monkeypatch.setattr(torch_private, "inductor_lowered", refuses)
@@ -184,13 +187,100 @@ def test_what_inductor_cannot_take_runs_op_by_op(monkeypatch) -> None:
     assert "(RuntimeError: no bounds of s0//2)" in warned
     refused = explainer.report().compilations[0].refused
     assert set(refused) == {"RuntimeError: no bounds of s0//2"}
-    assert len(refused) == len(taken) - 1
+    assert 2 * len(refused) == len(taken) - 1  # in C++ and in Python
     assert f"a program runs op by op: {refused[0]}" in str(explainer.report())
     expected = attnlrp_fx.compile(model, x, backend="eager")(x).relevance
     for name, relevance in explainer(x).relevance.items():
         torch.testing.assert_close(relevance, expected[name])
     with pytest.raises(BackendError, match="could not compile the program"):
         attnlrp_fx.compile(model, x)
+
+
+@pytest.mark.parametrize("when", ["at once", "at the end"])
+def test_what_cannot_be_in_cpp_is_in_python(when: str, monkeypatch) -> None:
+    """Inductor may not know how to write it, or the compiler of C++ what to do with it."""
+    lowered, wrappers = torch_private.inductor_lowered, []
+
+    def no_cpp(program: fx.GraphModule, in_cpp: bool) -> Runnable:
+        wrappers.append(in_cpp)
+        if in_cpp and when == "at once":
+            raise NotImplementedError
+        return lowered(program, in_cpp)
+
+    @contextlib.contextmanager
+    def meanwhile():
+        yield
+        if wrappers[-1] and when == "at the end":
+            raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(torch_private, "inductor_lowered", no_cpp)
+    monkeypatch.setattr(torch_private, "kernels_meanwhile", meanwhile)
+    model, x = nn.Linear(3, 2).eval(), torch.randn(2, 3)
+    explainer = attnlrp_fx.compile(model, x)
+    assert explainer.report().compilations[0].refused == ()
+    half = len(wrappers) // 2
+    order = [True, False] * half if when == "at once" else [True] * half + [False] * half
+    assert wrappers == order
+    expected = attnlrp_fx.compile(model, x, backend="eager")(x).relevance["input"]
+    torch.testing.assert_close(explainer(x).relevance["input"], expected)
+
+
+class Wide(nn.Module):
+    """Products with weights of every kind, and GELU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(512, 640)
+        self.second = nn.Linear(640, 512, bias=False)
+        self.narrow = nn.Linear(640, 8)
+        self.register_buffer("rows", torch.randn(1024, 512).div(20)[::2])
+        self.register_buffer("biases", torch.randn(1024)[::2])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        inner = torch.nn.functional.gelu(self.first(hidden))
+        added = torch.addmm(hidden, hidden, self.rows.mT)
+        other = torch.addmm(self.biases, hidden, self.rows)
+        return self.narrow(inner) + (self.second(inner) + added + other).mean(-1, keepdim=True)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo asks for it.
+@pytest.mark.parametrize("is_differentiable", [False, True])
+def test_products_by_onednn(is_differentiable: bool, tmp_path, monkeypatch) -> None:
+    """With weights as they lie and transposed, biases that are no vector in one piece, no rows."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.manual_seed(0)
+    model, hidden = Wide().eval(), torch.randn(4, 512)
+    options = {"differentiable": is_differentiable, "target": Logit(3)}
+    kernels = mock.Mock(wraps=mkldnn_ir.LinearUnary)
+    monkeypatch.setattr(mkldnn_ir, "LinearUnary", kernels)
+    compiled, eager = (
+        attnlrp_fx.compile(model, hidden, backend=backend, **options)
+        for backend in ("inductor", "eager")
+    )
+    for rows in (4, 9, 1):
+        hidden = torch.randn(rows, 512)
+        found, expected = (one(hidden) for one in (compiled, eager))
+        torch.testing.assert_close(found.outputs, expected.outputs, rtol=1e-5, atol=1e-5)
+        relevances = (one.relevance["hidden"].detach() for one in (found, expected))
+        assert relative(*relevances) <= 1e-5
+    if torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available():
+        assert kernels.call_count >= 8  # four ahead and four back
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_complementary_error_function(dtype: torch.dtype) -> None:
+    """Right in its tails to as many digits as exp(−z²) has, and where it is 0 and 2."""
+    limits = torch.tensor([0.0, -30, 30, -torch.inf, torch.inf, torch.nan])
+    numbers = torch.cat([torch.linspace(-9, 9, 4001), limits]).to(dtype)
+    compiled = torch.compile(
+        lambda x: torch.erfc(x), backend=torch_private.inductor_differentiable, dynamic=True
+    )
+    found = compiled(numbers)
+    expected = torch.erfc(numbers.double())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float64: 1e-13}[dtype]
+    tiny = torch.finfo(torch.float32).tiny
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tiny, equal_nan=True)
+    assert found[-6:-1].tolist() == [1, 2, 0, 2, 0]
 
 
 def test_a_backend_that_fails() -> None:
