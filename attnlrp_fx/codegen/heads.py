@@ -57,12 +57,13 @@ class Head:
 
 def _rows(seed: Seed, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Where a seed's rows belong, (batch, K), and what they are, (batch, K, features)."""
-    first = torch.zeros(seed.weight.shape[0], dtype=torch.int64, device=weight.device)
-    position = first if seed.position is None else seed.position
+    position = seed.position
     if seed.index is None:
+        if position is None:
+            position = torch.zeros(len(seed.weight), dtype=torch.int64, device=weight.device)
         return position[:, None], (seed.weight.to(weight.dtype) @ weight)[:, None]
     rows = weight[seed.index % len(weight)] * seed.weight[..., None]
-    if seed.position is None:
+    if position is None:
         return seed.index // len(weight), rows
     return position[:, None].expand_as(seed.index), rows
 
