@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py                        # every case below; the record
     python benchmarks/speed.py --cases llama --rounds 5 --no-compile-peer
-    python benchmarks/speed.py --cases small --rounds 101 --no-compile-peer --cpp-wrapper
+    python benchmarks/speed.py --cases small --rounds 101 --no-compile-peer
     python benchmarks/speed.py --device cuda --dtype bfloat16
     python benchmarks/speed.py --curve                # time by depth and by length, ours alone
 
@@ -29,7 +29,6 @@ from typing import Annotated, Any
 import models
 import peer
 import torch
-import torch._inductor.config as inductor_config
 import typer
 from peaks import matrix_peak
 from rich.console import Console
@@ -264,14 +263,10 @@ def main(
     compile_peer: Annotated[
         bool, typer.Option(help="also the peer under torch.compile: many minutes on 30 layers")
     ] = True,
-    cpp_wrapper: Annotated[
-        bool, typer.Option(help="have Inductor call kernels from C++, not from Python")
-    ] = False,
     by_size: Annotated[bool, typer.Option("--curve", help="depths and lengths instead")] = False,
     output: Annotated[Path | None, typer.Option(help="JSON file of the results")] = None,
 ) -> None:
     """Time explanations against the peer and plain passes."""
-    inductor_config.cpp_wrapper = cpp_wrapper
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     path = output or RESULTS / f"speed-{device}-{dtype}.json"
     found = json.loads(path.read_text()) if path.exists() else {"cases": {}}
@@ -292,8 +287,7 @@ def main(
         measured = measure(name, rounds, device, dtype, compile_peer)
         torch.compiler.reset()
         show(name, measured, peak)
-        how = {"rounds": rounds, "peak": peak, "cpp_wrapper": cpp_wrapper}
-        found["cases"][name] = {**how, **measured}
+        found["cases"][name] = {"rounds": rounds, "peak": peak, **measured}
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
     path.write_text(json.dumps(found, indent=1) + "\n")

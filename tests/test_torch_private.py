@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -318,14 +319,21 @@ def test_who_calls_the_kernels(in_cpp: bool) -> None:
     assert settings == [in_cpp, in_cpp]
 
 
-def test_inductor_differentiable() -> None:
-    """A graph and its derivative, with our lowerings in both."""
+def test_inductor_differentiable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph and its derivative, with our lowerings in both, whatever PyTorch remembers."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     x = torch.randn(3, 4, requires_grad=True)
-    graph_module = fx.symbolic_trace(lambda x: torch.erfc(x))
-    compiled = torch.compile(graph_module, backend=torch_private.inductor_differentiable)
-    (found,) = torch.autograd.grad(compiled(x).sum(), x)
-    (expected,) = torch.autograd.grad(torch.erfc(x).sum(), x)
-    assert_close(found, expected)
+    texts = []
+    for backend in ("inductor", torch_private.inductor_differentiable):
+        compiled = torch.compile(lambda x: torch.erfc(x) * x, backend=backend)
+        (found,) = torch.autograd.grad(compiled(x).sum(), x)
+        (expected,) = torch.autograd.grad((torch.erfc(x) * x).sum(), x)
+        assert_close(found, expected)
+        texts.append({p.read_text() for p in tmp_path.rglob("*.py") if "call" in p.read_text()})
+    theirs, ours = texts[0], texts[1] - texts[0]
+    assert any("erfc()" in text for text in theirs)
+    assert ours
+    assert not any("erfc()" in text for text in ours)
 
 
 def test_inductor_decompositions() -> None:

@@ -56,7 +56,8 @@ def inductor_differentiable(graph_module: fx.GraphModule, inputs: Sequence[Any])
         with mended_lowerings(inputs):
             return compile_fx_inner(graph_module, inputs, **settings)
 
-    return compile_fx(graph_module, inputs, inner_compile=inner)
+    with mended_lowerings(inputs):  # for the cache; the derivative is compiled later
+        return compile_fx(graph_module, inputs, inner_compile=inner)
 
 
 _GRAPHS = count()
