@@ -106,12 +106,12 @@ def measured_here(
 
 
 def in_a_process(subject: str, regions: bool, state: str, cache: str) -> dict[str, float]:
-    """The same in a process of its own, with Inductor's cache in a folder."""
+    """The same in a process of its own, with all that Inductor keeps in a folder."""
     command = [sys.executable, __file__, "--measure", subject, "--state", state]
     command += ["--file", str(Path(cache) / FILE)]
     command += ["--begun", str(time.time()), *(() if regions else ("--flat",))]
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
-    environment["TORCHINDUCTOR_CACHE_DIR"] = cache
+    environment["TORCHINDUCTOR_CACHE_DIR"] = environment["TMPDIR"] = cache  # precompiled headers
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
         console.print(run.stderr[-2000:], markup=False)

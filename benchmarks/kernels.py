@@ -25,7 +25,7 @@ from attnlrp_fx import torch_private
 RESULTS = Path(__file__).parent / "results"
 ROWS = (1, 8, 32, 128, 512, 1024)
 WEIGHTS = ((64, 64), (256, 256), (512, 512), (576, 1536), (768, 3072), (3072, 768), (576, 49152))
-console = Console()
+console = Console(width=100)
 
 
 def products(rounds: int) -> list[dict[str, Any]]:
@@ -65,9 +65,9 @@ def main(rounds: Annotated[int, typer.Option(help="How often each is timed.")] =
     """Time kernels, print a table, write `results/kernels-cpu.json`."""
     products_found, seconds = products(rounds), error_functions(rounds)
     table = Table(title="oneDNN / torch.mm, ahead and back, by rows", title_justify="left")
-    table.add_column("weight")
+    table.add_column("weight", no_wrap=True)
     for rows in ROWS:
-        table.add_column(str(rows), justify="right")
+        table.add_column(str(rows), justify="right", no_wrap=True)
     for inputs, outputs in WEIGHTS:
         cells = [
             f"{one['ahead']:.2f}/{one['back']:.2f}"
