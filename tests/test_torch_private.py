@@ -18,6 +18,7 @@ from torch._inductor import async_compile as torch_async_compile
 from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppWrapperCodeCache
+from torch._inductor.cpu_vec_isa import invalid_vec_isa
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -404,17 +405,31 @@ def test_programs_in_cpp_meanwhile(threads: int) -> None:
             CppWrapperCodeCache.load_pybinding("wrong")
 
 
-def test_instructions_meanwhile() -> None:
-    """They are found in a thread; what goes wrong there is for whoever asks for them."""
-    asked = threading.Event()
+@pytest.mark.parametrize("is_there", [True, False])
+def test_instructions_meanwhile(is_there: bool) -> None:
+    """They are found in a thread, then headers; what goes wrong there is for whoever asks next."""
+    asked: list[str] = []
+    done = threading.Event()
 
     def pick() -> None:
-        asked.set()
-        raise RuntimeError("no compiler")
+        asked.append("instructions")
+        if not is_there:
+            done.set()
+            raise RuntimeError("no compiler")
 
-    with mock.patch("torch._inductor.cpu_vec_isa.pick_vec_isa", pick):
+    def headers(header: str, *given: Any, **settings: Any) -> str:
+        asked.append("headers")
+        done.set()
+        raise RuntimeError("no headers")
+
+    with (
+        mock.patch("torch._inductor.cpu_vec_isa.pick_vec_isa", pick),
+        mock.patch("torch._inductor.codecache.pick_vec_isa", return_value=invalid_vec_isa),
+        mock.patch("torch._inductor.codecache._precompile_header", headers),
+    ):
         torch_private.instructions_meanwhile()
-        assert asked.wait(60)
+        assert done.wait(60)
+    assert asked == ["instructions", "headers"][: 1 + is_there]
 
 
 def test_mended_lowerings() -> None:

@@ -156,13 +156,17 @@ def kernels_meanwhile() -> Iterator[None]:
 
 
 def instructions_meanwhile() -> None:
-    """Have Inductor try the processor's instructions while something else is done."""
+    """Have Inductor try the processor's instructions while something else is done.
+
+    And compile the headers that programs in C++ share.
+    """
     instructions = import_module("torch._inductor.cpu_vec_isa")
-    for name in ("codecache", "cpp_builder"):  # which it would import meanwhile
-        import_module(f"torch._inductor.{name}")
+    cache = import_module("torch._inductor.codecache").CppWrapperCodeCache
+    import_module("torch._inductor.cpp_builder")  # which they would import meanwhile
 
     def probe() -> None:
         with suppress(Exception):  # It comes up again where they are asked for.
             instructions.pick_vec_isa()
+            cache.load_pybinding_async([], "", needs_vec_isa=True)  # It compiles no more than them.
 
     threading.Thread(target=probe, daemon=True).start()
