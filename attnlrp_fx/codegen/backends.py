@@ -116,6 +116,8 @@ def compile_graphs(
         else:
             runnables = {half: _compiled(half, compiler) for half in graph_modules}
             refused = []
+        if len(refused) == len(runnables) > 0:
+            raise refused[0]
     except Exception as error:
         raise BackendError(
             f"backend '{backend}' could not compile the program",
@@ -142,7 +144,7 @@ def _by_inductor(
 ) -> tuple[dict[fx.GraphModule, Runnable], list[Exception]]:
     """By program graph what runs it, and why Inductor could not take some.
 
-    On CPUs C++ calls the kernels, which saves a tenth of a millisecond a layer; where it cannot,
+    On CPUs C++ calls the kernels, since that takes half of a small model's time; where it cannot,
     Python does.
     """
     if device.type != "cpu":  # It may run kernels to choose among them.
@@ -171,9 +173,7 @@ def _each_by_inductor(
                 errors.append(error)
         else:
             refused.append(errors[-1])
-            runnables[graph_module] = graph_module.forward
-    if len(refused) == len(runnables) > 0:
-        raise refused[0]
+            runnables[graph_module] = eager(graph_module, ())
     return runnables, refused
 
 

@@ -60,7 +60,8 @@ def _rows(seed: Seed, weight: Tensor) -> tuple[Tensor, Tensor]:
     position = seed.position
     if seed.index is None:
         if position is None:
-            position = torch.zeros(len(seed.weight), dtype=torch.int64, device=weight.device)
+            batch = seed.weight.shape[0]  # which `len` would make a number while it is traced
+            position = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         return position[:, None], (seed.weight.to(weight.dtype) @ weight)[:, None]
     rows = weight[seed.index % len(weight)] * seed.weight[..., None]
     if position is None:

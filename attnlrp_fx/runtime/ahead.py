@@ -37,7 +37,7 @@ from attnlrp_fx.runtime.running import Running
 from attnlrp_fx.runtime.saving import as_json_text, checked_path, description
 from attnlrp_fx.runtime.seeding import entering, seeds_of
 from attnlrp_fx.targets import changed, outputs_as_seen, unread
-from attnlrp_fx.torch_private import fake_mode_of, fresh, mended_lowerings
+from attnlrp_fx.torch_private import TRACING, fake_mode_of, fresh, mended_lowerings
 
 INDEX = "index"
 """The name of the input that says what to explain."""
@@ -57,7 +57,7 @@ def save_ahead(running: Running, path: str | Path) -> None:
     with tempfile.TemporaryDirectory() as directory:
         package = Path(directory) / "model.pt2"
         try:
-            with mended_lowerings(list(example.values())):
+            with TRACING, mended_lowerings(list(example.values())):
                 aoti_compile_and_package(program, package_path=str(package))
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]

@@ -30,7 +30,7 @@ from torch._inductor import standalone_compile
 
 from attnlrp_fx.torch_private.fake_tensors import fake_mode_of
 from attnlrp_fx.torch_private.lowerings import mended_lowerings
-from attnlrp_fx.torch_private.tracing import unlike_symbols
+from attnlrp_fx.torch_private.tracing import TRACING, unlike_symbols
 
 
 def inductor(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -53,10 +53,10 @@ def inductor_differentiable(graph_module: fx.GraphModule, inputs: Sequence[Any])
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def inner(graph_module: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
-        with mended_lowerings(inputs):
+        with TRACING, mended_lowerings(inputs):
             return compile_fx_inner(graph_module, inputs, **settings)
 
-    with mended_lowerings(inputs):  # for the cache; the derivative is compiled later
+    with TRACING, mended_lowerings(inputs):  # for the cache; the derivative is compiled later
         return compile_fx(graph_module, inputs, inner_compile=inner)
 
 

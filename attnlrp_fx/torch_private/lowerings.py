@@ -69,8 +69,8 @@ def _has_onednn() -> bool:
 
 
 _WORTHWHILE = 1 << 18
-"""Elements of a matrix from which oneDNN wins at any number of rows: of smaller ones, its calls,
-which take some 15 µs, are most of the time."""
+"""Elements of a matrix from which oneDNN wins at nearly any number of rows: of smaller ones, its
+calls, which take some 15 µs, are most of the time."""
 
 
 def _products(lowering: Any) -> Mapping[Any, _Lowering]:
