@@ -125,6 +125,7 @@ def test_every_function_is_tested() -> None:
         "inductor_differentiable",
         "inductor_lowered",
         "instructions_meanwhile",
+        "wait_for_instructions",
         "mended_lowerings",
         "kernels_meanwhile",
         "fake_mode_of",
@@ -407,14 +408,15 @@ def test_programs_in_cpp_meanwhile(threads: int) -> None:
 
 @pytest.mark.parametrize("is_there", [True, False])
 def test_instructions_meanwhile(is_there: bool) -> None:
-    """They are found in a thread, then headers; what goes wrong there is for whoever asks next."""
+    """They are found in a thread that others wait for, then headers; what goes wrong comes up
+    where they are asked for."""
     asked: list[str] = []
-    done = threading.Event()
+    may_go_on, done = threading.Event(), threading.Event()
 
     def pick() -> None:
+        may_go_on.wait(60)
         asked.append("instructions")
         if not is_there:
-            done.set()
             raise RuntimeError("no compiler")
 
     def headers(header: str, *given: Any, **settings: Any) -> str:
@@ -428,8 +430,14 @@ def test_instructions_meanwhile(is_there: bool) -> None:
         mock.patch("torch._inductor.codecache._precompile_header", headers),
     ):
         torch_private.instructions_meanwhile()
+        waiting = threading.Thread(target=torch_private.wait_for_instructions)
+        waiting.start()
+        assert waiting.is_alive()
+        may_go_on.set()
+        waiting.join(60)
+        assert asked[0] == "instructions"
         assert done.wait(60)
-    assert asked == ["instructions", "headers"][: 1 + is_there]
+    assert asked == ["instructions", "headers"]
 
 
 def test_mended_lowerings() -> None:

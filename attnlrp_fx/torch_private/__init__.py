@@ -9,7 +9,6 @@ from attnlrp_fx.torch_private.compiling import (
     inductor_decompositions,
     inductor_differentiable,
     inductor_lowered,
-    instructions_meanwhile,
     kernels_meanwhile,
 )
 from attnlrp_fx.torch_private.fake_tensors import (
@@ -20,6 +19,7 @@ from attnlrp_fx.torch_private.fake_tensors import (
     new_symbols,
     storage_of,
 )
+from attnlrp_fx.torch_private.instructions import instructions_meanwhile, wait_for_instructions
 from attnlrp_fx.torch_private.lowerings import mended_lowerings
 from attnlrp_fx.torch_private.sizes import (
     SIZE_FUNCTIONS,
@@ -79,6 +79,7 @@ __all__ = [
     "symbolic_dispatch",
     "typical_size",
     "unlike_symbols",
+    "wait_for_instructions",
     "with_values",
     "written",
     "written_late",

@@ -7,13 +7,11 @@
 - `inductor_differentiable`: the same of one that autograd goes through, for `torch.compile`, whose
   own backend has Inductor's lowerings.
 - `kernels_meanwhile`: Inductor waits for the kernels of each graph before it takes the next.
-- `instructions_meanwhile`: it first tries which instructions the processor has, by compiling a
-  program for each kind, seconds that need not be waited for.
 """
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
 from itertools import count
@@ -153,20 +151,3 @@ def kernels_meanwhile() -> Iterator[None]:
             patch.object(CppWrapperCodeCache, "load_pybinding", loaded_later),
         ):
             yield
-
-
-def instructions_meanwhile() -> None:
-    """Have Inductor try the processor's instructions while something else is done.
-
-    And compile the headers that programs in C++ share.
-    """
-    instructions = import_module("torch._inductor.cpu_vec_isa")
-    cache = import_module("torch._inductor.codecache").CppWrapperCodeCache
-    import_module("torch._inductor.cpp_builder")  # which they would import meanwhile
-
-    def probe() -> None:
-        with suppress(Exception):  # It comes up again where they are asked for.
-            instructions.pick_vec_isa()
-            cache.load_pybinding_async([], "", needs_vec_isa=True)  # It compiles no more than them.
-
-    threading.Thread(target=probe, daemon=True).start()

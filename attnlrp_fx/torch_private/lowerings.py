@@ -14,6 +14,8 @@ import sympy
 import torch
 from torch import Tensor
 
+from attnlrp_fx.torch_private.instructions import wait_for_instructions
+
 _MENDED = "attnlrp_fx 3"
 """What tells apart, in Inductor's cache, what was compiled with other lowerings."""
 
@@ -37,6 +39,7 @@ def mended_lowerings(inputs: Sequence[Any]) -> Iterator[None]:
     - Products with weights in float32: oneDNN's are faster than MKL's, which PyTorch calls.
     - The complementary error function, of which the factor of GELU is made.
     """
+    wait_for_instructions()
     lowering: Any = import_module("torch._inductor.lowering")  # It takes a second.
     settings: Any = torch.compiler.config
     convolution = aten.convolution_backward.default
