@@ -12,7 +12,8 @@ from importlib import import_module
 _known = threading.Event()
 """Whether no thread is trying instructions."""
 _known.set()
-os.register_at_fork(after_in_child=_known.set)  # A forked process has no such thread.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_known.set)  # A forked process has no such thread.
 _next = threading.Lock()
 
 
