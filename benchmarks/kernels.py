@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from peaks import onednn_product
 from rich.console import Console
 from rich.table import Table
 from timing import medians
@@ -39,11 +40,11 @@ def products(rounds: int) -> list[dict[str, Any]]:
                 ("ahead", torch.randn(rows, inputs), weight),
                 ("back", torch.randn(rows, outputs), weight.mT),
             ):
-                onednn = partial(torch.ops.mkldnn._linear_pointwise, x, matrix, None, "none")
-                seconds = medians(
-                    {"onednn": partial(onednn, [], ""), "mm": partial(torch.mm, x, matrix.mT)},
-                    rounds,
-                )
+                contestants: dict[str, Callable[[], Any]] = {
+                    "onednn": partial(onednn_product, x, matrix),
+                    "mm": partial(torch.mm, x, matrix.mT),
+                }
+                seconds = medians(contestants, rounds)
                 ratios[name] = seconds["onednn"] / seconds["mm"]
             found.append({"inputs": inputs, "outputs": outputs, "rows": rows, **ratios})
     return found

@@ -144,8 +144,8 @@ def _by_inductor(
 ) -> tuple[dict[fx.GraphModule, Runnable], list[Exception]]:
     """By program graph what runs it, and why Inductor could not take some.
 
-    On CPUs C++ calls the kernels, since that takes half of a small model's time; where it cannot,
-    Python does.
+    On CPUs C++ calls the kernels, which is most of a small model's time in Python; where it
+    cannot, Python does.
     """
     if device.type != "cpu":  # It may run kernels to choose among them.
         return _each_by_inductor(graph_modules, [inductor])

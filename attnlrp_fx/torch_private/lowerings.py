@@ -45,9 +45,10 @@ def mended_lowerings(inputs: Sequence[Any]) -> Iterator[None]:
     convolution = aten.convolution_backward.default
     lowerings = {convolution: lowering.fallback_handler(convolution, add_to_fallback_set=False)}
     patched: dict[str, _Lowering] = {}
+    has_onednn = _has_onednn()
     if not any(isinstance(v, Tensor) and v.device.type != "cpu" for v in inputs):
         lowerings |= _error_functions(lowering)
-        if _has_onednn():
+        if has_onednn:
             lowerings |= _products(lowering)
         falls_back = lowering.use_scatter_fallback
         patched = {
@@ -56,7 +57,7 @@ def mended_lowerings(inputs: Sequence[Any]) -> Iterator[None]:
                 reduction is not None or falls_back(op, reduction, *given)
             ),
         }
-    tag = f"{settings.cache_key_tag} {_MENDED} {'oneDNN' if _has_onednn() else ''}"
+    tag = f"{settings.cache_key_tag} {_MENDED} {'oneDNN' if has_onednn else ''}"
     with ExitStack() as stack:
         stack.enter_context(patch.dict(lowering.lowerings, lowerings))
         stack.enter_context(settings.patch(cache_key_tag=tag))
@@ -73,7 +74,7 @@ def _has_onednn() -> bool:
 
 _WORTHWHILE = 1 << 18
 """Elements of a matrix from which oneDNN wins at nearly any number of rows: of smaller ones, its
-calls, which take some 15 µs, are most of the time."""
+calls themselves are most of the time."""
 
 
 def _products(lowering: Any) -> Mapping[Any, _Lowering]:
